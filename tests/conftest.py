@@ -1,0 +1,5 @@
+import jax
+
+# The library must hold under the strictest settings a user can choose.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
