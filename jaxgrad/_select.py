@@ -310,7 +310,7 @@ def listed(items: Iterable[str], most: int = 8) -> str:
 
 def nearest(word: str, candidates: Iterable[str], most: int = 3) -> list[str]:
     """The candidates that a mistyped word may have meant, best first."""
-    return difflib.get_close_matches(word, list(dict.fromkeys(candidates)), n=most, cutoff=0.5)
+    return difflib.get_close_matches(word, list(dict.fromkeys(candidates)), n=most, cutoff=0.6)
 
 
 def _select(tree: PyTree, wrt: Wrt) -> tuple[Flat, list[bool]]:
