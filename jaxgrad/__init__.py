@@ -2,18 +2,24 @@
 
 from jaxgrad._autograd import GradientError, backward, grad, stop_gradient, value_and_grad
 from jaxgrad._functional import Apply, functional
+from jaxgrad._optim import Assignment, ParamGroups, UpdateError, apply_updates, param_groups
 from jaxgrad._select import MergeError, SelectionError, Wrt, merge, partition, paths, select
 
 __all__ = [
     "Apply",
+    "Assignment",
     "GradientError",
     "MergeError",
+    "ParamGroups",
     "SelectionError",
+    "UpdateError",
     "Wrt",
+    "apply_updates",
     "backward",
     "functional",
     "grad",
     "merge",
+    "param_groups",
     "partition",
     "paths",
     "select",

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgrad._messages import listed, spec
 from jaxgrad._select import (
     PyTree,
     SelectionError,
@@ -22,7 +23,6 @@ from jaxgrad._select import (
     halves,
     is_array,
     is_hole,
-    listed,
     merge,
     nnx_types,
     partition,
@@ -230,7 +230,7 @@ def split_for_grad(params: PyTree, wrt: Wrt) -> tuple[PyTree, PyTree]:
         dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise SelectionError(
-                f"wrt selects '{path}', which is {dtype}[{_dims(leaf)}] and has no gradient: "
+                f"wrt selects '{path}', which is {spec(leaf)} and has no gradient: "
                 f"only floating-point leaves have. Exclude it: wrt=[..., '!{path}']."
             )
     _refuse_statistics(selected)
@@ -285,7 +285,7 @@ def _scalar(value: Any) -> jax.Array:
     value = jnp.asarray(value)
     if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
         raise GradientError(
-            f"the loss returns {value.dtype}[{_dims(value)}]; a gradient needs a real scalar. "
+            f"the loss returns {spec(value)}; a gradient needs a real scalar. "
             "Reduce it (jnp.mean), or give a cotangent: jaxgrad.backward(..., gradient=...)."
         )
     return value
@@ -354,18 +354,17 @@ def _cotangents(value: PyTree, gradient: PyTree) -> PyTree:
 
 
 def _cotangent(what: str, y: jax.Array, gradient: Any) -> Any:
-    y_is = f"{y.dtype}[{_dims(y)}]"
     if not jnp.issubdtype(y.dtype, jnp.inexact):
         if gradient is not None:
             raise GradientError(
-                f"the {what} is {y_is}, which has no gradient; pass None for it in gradient=."
+                f"the {what} is {spec(y)}, which has no gradient; pass None for it in gradient=."
             )
         return np.zeros(y.shape, jax.dtypes.float0)
     if gradient is None:
         if y.size != 1:
             raise GradientError(
-                f"the {what} is {y_is}, not a scalar, so backward needs gradient=, a cotangent of "
-                "that shape and dtype (ones for the gradient of the sum)."
+                f"the {what} is {spec(y)}, not a scalar, so backward needs gradient=, a cotangent "
+                "of that shape and dtype (ones for the gradient of the sum)."
             )
         return jnp.ones(y.shape, y.dtype)
     if isinstance(gradient, int | float | complex):
@@ -374,7 +373,7 @@ def _cotangent(what: str, y: jax.Array, gradient: Any) -> Any:
         dtype = jax.dtypes.canonicalize_dtype(gradient.dtype)
     if jnp.shape(gradient) != y.shape or dtype != y.dtype:
         raise GradientError(
-            f"gradient is {dtype}[{_dims(gradient)}] where the {what} is {y_is}; a cotangent has "
+            f"gradient is {spec(gradient)} where the {what} is {spec(y)}; a cotangent has "
             f"the shape and dtype of the value. Use jnp.broadcast_to or .astype({str(y.dtype)!r})."
         )
     return jnp.asarray(gradient, y.dtype)
@@ -386,7 +385,3 @@ def _is_key(x: Any) -> bool:
 
 def _wide(dtype: Any) -> Any:
     return jnp.float32 if dtype.itemsize < 4 else dtype
-
-
-def _dims(x: Any) -> str:
-    return ",".join(map(str, jnp.shape(x)))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from jaxgrad._messages import listed
 from jaxgrad._select import (
     Flat,
     PyTree,
@@ -24,7 +25,6 @@ from jaxgrad._select import (
     Wrt,
     check_same_structure,
     flatten,
-    listed,
     match,
 )
 
