@@ -4,18 +4,23 @@ from jaxgrad._autograd import GradientError, backward, grad, stop_gradient, valu
 from jaxgrad._functional import Apply, functional
 from jaxgrad._optim import Assignment, ParamGroups, UpdateError, apply_updates, param_groups
 from jaxgrad._select import MergeError, SelectionError, Wrt, merge, partition, paths, select
+from jaxgrad._train import NonFiniteLossError, StopTraining, TrainState, fit
 
 __all__ = [
     "Apply",
     "Assignment",
     "GradientError",
     "MergeError",
+    "NonFiniteLossError",
     "ParamGroups",
     "SelectionError",
+    "StopTraining",
+    "TrainState",
     "UpdateError",
     "Wrt",
     "apply_updates",
     "backward",
+    "fit",
     "functional",
     "grad",
     "merge",
