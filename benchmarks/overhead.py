@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,10 +100,10 @@ def nnx_jit() -> Step:
 def equinox() -> Step:
     import equinox as eqx
 
-    model = eqx.nn.MLP(32, 10, 32, 3, key=jax.random.key(0))
+    model: Any = eqx.nn.MLP(32, 10, 32, 3, key=jax.random.key(0))
     mask = jax.tree.map(lambda _: False, model)
     mask = eqx.tree_at(lambda m: (m.layers[-1].weight, m.layers[-1].bias), mask, (True, True))
-    state = TX.init(eqx.filter(model, mask))
+    state: Any = TX.init(eqx.filter(model, mask))
 
     def loss(trainable, frozen, batch):
         return cross_entropy(jax.vmap(eqx.combine(trainable, frozen))(batch["x"]), batch["y"])
