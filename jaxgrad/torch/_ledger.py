@@ -34,6 +34,8 @@ class Ledger:
     def settle(self, matches: Sequence[Match]) -> None:
         """Decides each pair's layout, and checks names, shapes and dtypes."""
         shapes = {name: x.shape for name, x in self.file.tensors.items()}
+        place = {name: i for i, name in enumerate(shapes)}
+        matches = sorted(matches, key=lambda m: min(place[n] for n in m.group.tensors.values()))
         layers = [_decide.typed(m, self.file.kind(m.group), shapes) for m in matches]
         self.problems += [layer for layer in layers if isinstance(layer, Problem)]
         matches = [

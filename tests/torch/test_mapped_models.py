@@ -1,0 +1,332 @@
+"""Whole models and single layers, mapped from files that PyTorch wrote: outputs are PyTorch's."""
+
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxgrad.torch as jt
+
+GOLDENS = Path(__file__).parent.parent / "goldens" / "torch_models"
+TOLERANCE = 1e-5
+
+
+def golden(name):
+    """The file's path, the input and the output, with channels last where there are images."""
+    with np.load(GOLDENS / f"{name}.npz") as recorded:
+        return GOLDENS / f"{name}.pt", *(channels_last(recorded[key]) for key in ("x", "y"))
+
+
+def channels_last(x):
+    return jnp.asarray(np.moveaxis(x, 1, -1) if x.ndim > 3 else x)
+
+
+def assert_equal(model, source, x, y, **kwargs):
+    compared = jt.verify(model, source, x, y, atol=TOLERANCE, rtol=0.0, **kwargs)
+    assert compared.scale > 0.1  # the recorded outputs are no zeros
+
+
+class MLP(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(*s, rngs=rngs) for s in ((49, 16), (16, 16), (16, 10))])
+
+    def __call__(self, x):
+        for layer in self.layers[:-1]:
+            x = nnx.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class LinenMLP(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for features in (16, 16):
+            x = nn.relu(nn.Dense(features)(x))
+        return nn.Dense(10)(x)
+
+
+class LeNet(nnx.Module):
+    def __init__(self, rngs, channels_first=False):
+        self.conv1 = nnx.Conv(1, 4, (5, 5), rngs=rngs)
+        self.bn1 = nnx.BatchNorm(4, rngs=rngs)
+        self.conv2 = nnx.Conv(4, 6, (3, 3), padding="VALID", rngs=rngs)
+        self.bn2 = nnx.BatchNorm(6, rngs=rngs)
+        self.fc1 = nnx.Linear(36, 12, rngs=rngs)
+        self.fc2 = nnx.Linear(12, 10, rngs=rngs)
+        self.channels_first = channels_first
+
+    def __call__(self, x):
+        for conv, bn in ((self.conv1, self.bn1), (self.conv2, self.bn2)):
+            x = nnx.max_pool(nnx.relu(bn(conv(x))), (2, 2), (2, 2))
+        if self.channels_first:
+            x = jnp.moveaxis(x, -1, 1)
+        return self.fc2(nnx.relu(self.fc1(x.reshape(x.shape[0], -1))))
+
+
+class LinenLeNet(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for features, size, padding in ((4, 5, "SAME"), (6, 3, "VALID")):
+            x = nn.Conv(features, (size, size), padding=padding)(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=True)(x))
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        x = nn.relu(nn.Dense(12)(x.reshape(x.shape[0], -1)))
+        return nn.Dense(10)(x)
+
+
+class Block(nnx.Module):
+    def __init__(self, inputs, outputs, stride, rngs):
+        def conv(i, size, stride):
+            pads = [(size // 2, size // 2)] * 2
+            return nnx.Conv(
+                i, outputs, (size,) * 2, stride, padding=pads, use_bias=False, rngs=rngs
+            )
+
+        self.conv1, self.bn1 = conv(inputs, 3, stride), nnx.BatchNorm(outputs, rngs=rngs)
+        self.conv2, self.bn2 = conv(outputs, 3, 1), nnx.BatchNorm(outputs, rngs=rngs)
+        self.shortcut = nnx.List([])
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nnx.List([conv(inputs, 1, stride), nnx.BatchNorm(outputs, rngs=rngs)])
+
+    def __call__(self, x):
+        y = self.bn2(self.conv2(nnx.relu(self.bn1(self.conv1(x)))))
+        for layer in self.shortcut:
+            x = layer(x)
+        return nnx.relu(y + x)
+
+
+class ResNet18(nnx.Module):
+    def __init__(self, rngs, width=4):
+        pads = [(3, 3), (3, 3)]
+        self.stem = nnx.Conv(3, width, (7, 7), 2, padding=pads, use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(width, rngs=rngs)
+        sizes = [(1, 1, 1), (1, 2, 2), (2, 4, 2), (4, 4, 2)]
+        self.stages = nnx.List(
+            nnx.List([Block(i * width, o * width, s, rngs), Block(o * width, o * width, 1, rngs)])
+            for i, o, s in sizes
+        )
+        self.head = nnx.Linear(4 * width, 5, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.stem(x)))
+        x = nnx.max_pool(x, (3, 3), (2, 2), padding=[(1, 1), (1, 1)])
+        for stage in self.stages:
+            for block in stage:
+                x = block(x)
+        return self.head(x.mean((1, 2)))
+
+
+class EncoderLayer(nnx.Module):
+    def __init__(self, rngs):
+        self.attention = nnx.MultiHeadAttention(2, 16, decode=False, rngs=rngs)
+        self.ln1, self.ln2 = (nnx.LayerNorm(16, epsilon=1e-5, rngs=rngs) for _ in range(2))
+        self.up, self.down = nnx.Linear(16, 24, rngs=rngs), nnx.Linear(24, 16, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.ln1(x + self.attention(x))
+        return self.ln2(x + self.down(jax.nn.gelu(self.up(x), approximate=False)))
+
+
+class Encoder(nnx.Module):
+    def __init__(self, rngs):
+        self.blocks = nnx.List([EncoderLayer(rngs), EncoderLayer(rngs)])
+
+    def __call__(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class SequenceClassifier(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(11, 6, rngs=rngs)
+        cells = (nnx.OptimizedLSTMCell(6, 8, rngs=rngs), nnx.LSTMCell(8, 8, rngs=rngs))
+        self.rnns = nnx.List([nnx.RNN(cell) for cell in cells])
+        self.head = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.embed(x)
+        for rnn in self.rnns:
+            x = rnn(x)
+        return self.head(x[:, -1])
+
+
+def test_mlp():
+    assert_equal(MLP(nnx.Rngs(0)), *golden("mlp"))
+
+
+def test_mlp_linen():
+    path, x, y = golden("mlp")
+    model = LinenMLP()
+    assert_equal(model.init(jax.random.key(0), x), path, x, y, apply=model.apply)
+
+
+def test_mlp_nnx_state():
+    path, x, y = golden("mlp")
+    graphdef, state = nnx.split(MLP(nnx.Rngs(0)))
+    filled = jt.load_into(state, path)
+    assert type(filled) is type(state)
+    assert_equal(nnx.merge(graphdef, filled), None, x, y)
+
+
+def test_mlp_abstract():
+    model = nnx.eval_shape(lambda: MLP(nnx.Rngs(0)))
+    assert_equal(model, *golden("mlp"))
+
+
+@pytest.mark.parametrize("flatten", [6, False])
+def test_lenet(flatten):
+    path, x, y = golden("lenet")
+    model = LeNet(nnx.Rngs(0), channels_first=flatten is False)
+    assert_equal(model, path, x, y, rules=[jt.Rule("fc1", flatten=flatten)])
+
+
+def test_lenet_linen():
+    path, x, y = golden("lenet")
+    model = LinenLeNet()
+    variables = model.init(jax.random.key(0), x)
+    assert_equal(variables, path, x, y, apply=model.apply, rules=[jt.Rule("fc1", flatten=6)])
+
+
+def test_resnet18():
+    """Rules say what only the author knows; stem, its norm and head are the only ones that fit."""
+    rules = [(f"layer{i}.*.downsample", f"stages/{i - 1}/*/shortcut") for i in (2, 3, 4)]
+    rules += [(f"layer{i}", f"stages/{i - 1}") for i in (1, 2, 3, 4)]
+    assert_equal(ResNet18(nnx.Rngs(0)), *golden("resnet18"), rules=rules)
+
+
+def test_encoder():
+    assert_equal(Encoder(nnx.Rngs(0)), *golden("encoder"))
+
+
+def test_lstm():
+    assert_equal(SequenceClassifier(nnx.Rngs(0)), *golden("lstm"))
+
+
+@pytest.mark.parametrize("name", ["mlp", "sequential"])
+def test_from_module(name):
+    path, x, y = golden(name)
+    assert_equal(jt.from_module(path), None, x, y)
+
+
+def test_from_module_lands_where_the_names_say():
+    model = jt.from_module(GOLDENS / "sequential.pt")
+    tensors = jt.read(GOLDENS / "sequential.pt").tensors
+    kernel = tensors["1.0.weight"].transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(getattr(getattr(model, "1"), "0").kernel[...], kernel)
+
+
+# Single layers.
+
+
+def _gru(rngs):
+    cell = nnx.GRUCell(8, 8, rngs=rngs)
+    cell.dense_h = nnx.Linear(8, 24, rngs=rngs)  # with the bias that PyTorch's has
+    return nnx.RNN(cell)
+
+
+def _transposed(size, strides=None):
+    def make(rngs, transpose_kernel):
+        return nnx.ConvTranspose(
+            *(4, 4, size, strides), padding="VALID", transpose_kernel=transpose_kernel, rngs=rngs
+        )
+
+    return make
+
+
+LAYERS = {
+    "linear": lambda r: nnx.Linear(8, 8, rngs=r),
+    "conv1d": lambda r: nnx.Conv(4, 4, 3, padding=2, kernel_dilation=2, rngs=r),
+    "conv2d": lambda r: nnx.Conv(4, 4, (3, 2), (2, 1), padding="VALID", rngs=r),
+    "conv3d": lambda r: nnx.Conv(4, 4, (2, 3, 1), padding="VALID", rngs=r),
+    "grouped": lambda r: nnx.Conv(4, 8, (3, 3), padding="VALID", feature_group_count=4, rngs=r),
+    "transposed1d": lambda r: _transposed(4, 3)(r, False),
+    "transposed2d": lambda r: _transposed((3, 2), (2, 2))(r, False),
+    "transposed3d": lambda r: _transposed((2, 3, 1))(r, False),
+    "batchnorm": lambda r: nnx.BatchNorm(4, rngs=r),
+    "layernorm": lambda r: nnx.LayerNorm(8, epsilon=1e-5, rngs=r),
+    "groupnorm": lambda r: nnx.GroupNorm(4, 2, epsilon=1e-5, rngs=r),
+    "embedding": lambda r: nnx.Embed(7, 7, rngs=r),
+    "lstm": lambda r: nnx.RNN(nnx.LSTMCell(8, 8, rngs=r)),
+    "bilstm": lambda r: nnx.Bidirectional(
+        *(nnx.RNN(nnx.OptimizedLSTMCell(8, 4, rngs=r)) for _ in range(2))
+    ),
+    "gru": _gru,
+    "rnn": lambda r: nnx.RNN(nnx.SimpleCell(8, 8, rngs=r)),
+    "attention": lambda r: nnx.MultiHeadAttention(2, 8, decode=False, rngs=r),
+}
+WITH_TRANSPOSE_KERNEL = {
+    "transposed1d": lambda r: _transposed(4, 3)(r, True),
+    "transposed2d": lambda r: _transposed((3, 2), (2, 2))(r, True),
+    "transposed3d": lambda r: _transposed((2, 3, 1))(r, True),
+    "lstm": lambda r: nnx.RNN(nnx.OptimizedLSTMCell(8, 8, rngs=r)),
+}
+
+
+def one_layer(name):
+    everything = jt.read(GOLDENS / "layers.pt").tensors
+    tensors = {
+        k.removeprefix(f"{name}."): x for k, x in everything.items() if k.startswith(f"{name}.")
+    }
+    with np.load(GOLDENS / "layers.npz") as recorded:
+        x, y = recorded[f"{name}.x"], recorded[f"{name}.y"]
+    if name.startswith(("conv", "grouped", "transposed", "batchnorm", "groupnorm")):
+        x, y = (np.moveaxis(z, 1, -1) for z in (x, y))
+    return tensors, jnp.asarray(x), jnp.asarray(y)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer(name):
+    tensors, x, y = one_layer(name)
+    assert_equal(LAYERS[name](nnx.Rngs(0)), tensors, x, y)
+
+
+@pytest.mark.parametrize("name", WITH_TRANSPOSE_KERNEL)
+def test_layer_in_its_other_form(name):
+    tensors, x, y = one_layer(name)
+    assert_equal(WITH_TRANSPOSE_KERNEL[name](nnx.Rngs(0)), tensors, x, y)
+
+
+@pytest.mark.parametrize("name", [*LAYERS])
+def test_layer_back_to_pytorch(name):
+    """What goes in comes out; two summed biases come back as their sum and zeros."""
+    tensors, _, _ = one_layer(name)
+    report = jt.match(LAYERS[name](nnx.Rngs(0)), tensors)
+    back = jt.to_torch(report.apply(), like=report)
+    assert back.keys() == tensors.keys() - report.dropped.keys()
+    for key, x in back.items():
+        if name in ("lstm", "bilstm", "rnn") and "bias" in key:
+            assert x.shape == tensors[key].shape
+        else:
+            np.testing.assert_array_equal(x, tensors[key], strict=True)
+    again = jt.load_into(LAYERS[name](nnx.Rngs(1)), back)
+    for a, b in zip(
+        jax.tree.leaves(nnx.state(again)), jax.tree.leaves(nnx.state(report.apply())), strict=True
+    ):
+        if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            np.testing.assert_array_equal(a, b, strict=True)
+
+
+LINEN_CELLS = {
+    "lstm": [nn.LSTMCell(8), nn.OptimizedLSTMCell(8)],
+    "gru": [nn.GRUCell(8)],
+    "rnn": [nn.SimpleCell(8)],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "cell"), [(n, c) for n, cells in LINEN_CELLS.items() for c in cells]
+)
+def test_linen_cell(name, cell):
+    tensors, x, y = one_layer(name)
+    model = nn.RNN(cell)
+    assert_equal(model.init(jax.random.key(0), x), tensors, x, y, apply=model.apply)
+
+
+def test_linen_attention():
+    tensors, x, y = one_layer("attention")
+    model = nn.MultiHeadDotProductAttention(num_heads=2)
+    assert_equal(model.init(jax.random.key(0), x), tensors, x, y, apply=model.apply)
