@@ -24,8 +24,9 @@ from jaxgrad import _select
 from jaxgrad.torch import _translate
 from jaxgrad.torch._chain import Chain
 from jaxgrad.torch._map import load_into
+from jaxgrad.torch._module import Module
 from jaxgrad.torch._names import Rules
-from jaxgrad.torch._read import Checkpoint, Module, read
+from jaxgrad.torch._read import Checkpoint, read
 from jaxgrad.torch._report import MappingError
 from jaxgrad.torch._source import Source
 from jaxgrad.torch._translate import Flow, Spec
@@ -77,6 +78,12 @@ def from_module(
         raise MappingError(
             "the source holds tensors and no module, so nothing tells how the model is built: "
             "build the Flax model and use jaxgrad.torch.load_into"
+        )
+    if checkpoint.tied:
+        names = _select.listed(map(repr, checkpoint.tied[0]))
+        raise MappingError(
+            f"{names} are one tensor: build the Flax model with one layer in both places and use "
+            "jaxgrad.torch.load_into, or they would part in training"
         )
     # Flax keeps running statistics in float32, whatever the model's dtype.
     tensors = {

@@ -7,8 +7,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from jaxgrad.torch._module import Module
 from jaxgrad.torch._names import Group
-from jaxgrad.torch._read import Checkpoint, Module, read
+from jaxgrad.torch._read import Checkpoint, read
 from jaxgrad.torch._report import MappingError
 
 Source: TypeAlias = str | os.PathLike[str] | Checkpoint | Mapping[str, Any]
