@@ -12,6 +12,7 @@ the caller says how the layers run.
 
 import functools
 import itertools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -71,16 +72,15 @@ def from_module(
 
     Source: `torch.load(path, weights_only=False).eval()`.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else None
-    if checkpoint is None and not isinstance(source, Mapping):
-        checkpoint = read(source)
-    if checkpoint is None or checkpoint.module is None:
+    if isinstance(source, str | os.PathLike):
+        source = read(source)
+    if not isinstance(source, Checkpoint) or source.module is None:
         raise MappingError(
             "the source holds tensors and no module, so nothing tells how the model is built: "
             "build the Flax model and use jaxgrad.torch.load_into"
         )
-    if checkpoint.tied:
-        names = _select.listed(map(repr, checkpoint.tied[0]))
+    if source.tied:
+        names = _select.listed(map(repr, source.tied[0]))
         raise MappingError(
             f"{names} are one tensor: build the Flax model with one layer in both places and use "
             "jaxgrad.torch.load_into, or they would part in training"
@@ -88,9 +88,9 @@ def from_module(
     # Flax keeps running statistics in float32, whatever the model's dtype.
     tensors = {
         name: x.astype(np.float32) if name.endswith(("running_mean", "running_var")) else x
-        for name, x in checkpoint.tensors.items()
+        for name, x in source.tensors.items()
     }
-    build = functools.partial(_Builder(tensors).root, checkpoint.module, forward)
+    build = functools.partial(_Builder(tensors).root, source.module, forward)
     return load_into(nnx.eval_shape(build), tensors, rules=rules)
 
 

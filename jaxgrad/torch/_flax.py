@@ -11,7 +11,7 @@ user's own) stays open here, and is decided by the file, by a rule, or not at al
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -247,16 +247,15 @@ def _bookkeeping(tree: Any) -> set[str]:
 
 def _in_order(node: Any, path: str = "") -> Iterator[str]:
     """Paths of the leaves in the order in which the containers hold them."""
-    if isinstance(node, nnx.Variable) or hasattr(node, "dtype"):
-        yield path
-        return
-    if isinstance(node, nnx.Module) and not isinstance(node, nnx.List):
-        items = [(k, v) for k, v in vars(node).items() if not k.startswith("_")]
+    if isinstance(node, nnx.List | list | tuple):
+        items: Iterable[tuple[Any, Any]] = enumerate(node)
+    elif isinstance(node, nnx.Module):  # some of which have a `dtype`, as arrays have
+        items = [(key, value) for key, value in vars(node).items() if not key.startswith("_")]
     elif isinstance(node, Mapping):
-        items = list(node.items())
-    elif isinstance(node, list | tuple | nnx.List):
-        items = list(enumerate(node))
+        items = node.items()
     else:
+        if isinstance(node, nnx.Variable) or hasattr(node, "dtype"):
+            yield path
         return
     for key, value in items:
         yield from _in_order(value, f"{path}/{key}" if path else str(key))

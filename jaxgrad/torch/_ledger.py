@@ -56,7 +56,10 @@ class Ledger:
             known = {source for part in parts for source in part.sources}
             for short, name in group.tensors.items():
                 if short not in known:
-                    self._left_over(name, f"its layer {layer.path!r} has no leaf for it")
+                    why = f"its layer {layer.path!r} has no leaf for it"
+                    if short.startswith("running_"):
+                        why += "; Linen's are in batch_stats: pass all variables"
+                    self._left_over(name, why)
 
     def account(
         self, layers: Sequence[Layer], groups: Sequence[Group], matches: Sequence[Match]

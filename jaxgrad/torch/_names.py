@@ -97,7 +97,8 @@ class Rule:
             return name.replace(".", "/")
         *stars, rest = found.groups(default="")
         filled = iter(stars)
-        return re.sub(_STARS, lambda _: next(filled), self.path.replace(".", "/")) + rest
+        path = re.sub(_STARS, lambda _: next(filled), self.path.replace(".", "/")) + rest
+        return path.strip("/")
 
 
 Rules: TypeAlias = Iterable[Rule | tuple[str, str]]

@@ -7,6 +7,7 @@ do in PyTorch and not in Flax is refused by name, never approximated.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -263,12 +264,36 @@ def _pool(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Any, Flow]:
     window = _each(config["kernel_size"], n)
     strides = _each(config.get("stride") or config["kernel_size"], n)
     pads = [(p, p) for p in _each(config.get("padding", 0), n)]
-    pool: Callable[..., Any] = nnx.max_pool
-    if spec.cls.startswith("Avg"):
-        counted = config.get("count_include_pad", True)
-        pool = functools.partial(nnx.avg_pool, count_include_pad=counted)
-    layer = functools.partial(pool, window_shape=window, strides=strides, padding=pads)
-    return layer, Flow(flow.features, n)
+    sizes = {"window": window, "strides": strides, "padding": pads}
+    if spec.cls.startswith("Max"):
+        return functools.partial(_maximum, **sizes), Flow(flow.features, n)
+    counted = config.get("count_include_pad", True)
+    return functools.partial(_average, **sizes, counted=counted), Flow(flow.features, n)
+
+
+def _maximum(
+    x: jax.Array,
+    *,
+    window: tuple[int, ...],
+    strides: tuple[int, ...],
+    padding: list[tuple[int, int]],
+) -> jax.Array:
+    return nnx.pool(x, -jnp.inf, jax.lax.max, window, strides, padding)
+
+
+def _average(
+    x: jax.Array,
+    *,
+    window: tuple[int, ...],
+    strides: tuple[int, ...],
+    padding: list[tuple[int, int]],
+    counted: bool,
+) -> jax.Array:
+    # Flax's own divides by an integer, which strict dtype promotion refuses.
+    total = nnx.pool(x, 0.0, jax.lax.add, window, strides, padding)
+    if counted:
+        return total / math.prod(window)
+    return total / nnx.pool(jnp.ones_like(x), 0.0, jax.lax.add, window, strides, padding)
 
 
 def _global_pool(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Any, Flow]:
