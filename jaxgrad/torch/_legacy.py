@@ -7,6 +7,7 @@ its end, and no checksums.
 
 import mmap
 import struct
+from collections.abc import Callable
 from typing import Any
 
 from jaxgrad.torch._errors import MalformedError, shorten
@@ -17,60 +18,40 @@ from jaxgrad.torch._tensors import Storage, checked_int
 # The pickle of 0x1950a86a20f9469cfc6c, by which such a file is known.
 MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _PROTOCOL = 1001
-MAX_PICKLES_BYTES = 1 << 28
-
-
-class _Stream:
-    """The pickles at the head of a map, which is never copied as a whole."""
-
-    def __init__(self, data: mmap.mmap):
-        self._data = data
-        self._at = 0
-        self._end = min(len(data), MAX_PICKLES_BYTES)
-
-    def read(self, size: int, /) -> bytes:
-        start = self._at
-        self._at = min(start + size, self._end)
-        return self._data[start : self._at]
-
-    def readline(self) -> bytes:
-        newline = self._data.find(b"\n", self._at, self._end)
-        return self.read((newline + 1 if newline >= 0 else self._end) - self._at)
-
-    def tell(self) -> int:
-        return self._at
 
 
 def load_legacy(data: mmap.mmap) -> Any:
     """The object graph of a legacy file, with storages placed in `data`."""
-    stream = _Stream(data)
-    stream.read(len(MAGIC))
     loaded: dict[str, Storage] = {}
 
     def persistent_load(pid: tuple[Any, ...]) -> Any:
         return _persistent(loaded, pid)
 
-    def refuse(pid: tuple[Any, ...]) -> Any:
-        raise MalformedError("a persistent id outside of the object")
-
-    def next_pickle(what: str, load: Any = refuse) -> Any:
-        try:
-            return Machine(REBUILD, load).load(stream)
-        except MalformedError as error:
-            raise MalformedError(error.reason, error.entry or what) from None
-
-    protocol = next_pickle("protocol")
+    protocol, at = _load(data, len(MAGIC), "protocol")
     if protocol != _PROTOCOL:
         raise MalformedError(f"a legacy file of another protocol than {_PROTOCOL}", "protocol")
-    system = next_pickle("system information")
+    system, at = _load(data, at, "system information")
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise MalformedError("not written on a little-endian machine", "system information")
-    root = next_pickle("object", persistent_load)
-    keys = next_pickle("storage keys")
+    root, at = _load(data, at, "object", persistent_load)
+    keys, at = _load(data, at, "storage keys")
     if not isinstance(keys, (list, tuple)):
-        raise MalformedError(f"a list was expected, got a {type(keys).__name__}", "storage keys")
-    _place(data, stream.tell(), keys, loaded)
+        raise MalformedError(f"expected a list, got a {type(keys).__name__}", "storage keys")
+    _place(data, at, keys, loaded)
     return root
+
+
+def _refuse(pid: tuple[Any, ...]) -> Any:
+    raise MalformedError("a persistent id outside of the object")
+
+
+def _load(
+    data: mmap.mmap, at: int, what: str, load: Callable[[tuple[Any, ...]], Any] = _refuse
+) -> tuple[Any, int]:
+    try:
+        return Machine(REBUILD, load).load(data, at)
+    except MalformedError as error:
+        raise MalformedError(error.reason, error.entry or what) from None
 
 
 def _persistent(loaded: dict[str, Storage], pid: tuple[Any, ...]) -> Any:

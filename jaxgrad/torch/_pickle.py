@@ -2,36 +2,29 @@
 
 `pickle.Unpickler` with an allow-list can not be made safe: a deep tuple as a dict key overflows
 the C stack, and BUILD writes attributes of whatever an allowed global names. So the opcodes are
-decoded by `pickletools.genops`, which executes nothing, and interpreted here: a global is an inert
-name, a call of a global that is not in the table of `_rebuild` is an inert `Object`, and only
-scalars and short flat tuples can be keys. Only the opcodes that picklers write are known.
+interpreted here: a global is an inert name, a call of a global that is not in the table of
+`_rebuild` is an inert `Object`, and only scalars and short flat tuples can be keys.
 
 Every opcode costs bounded time and memory (none copies what a memo entry can repeat), so the cost
 of a pickle is bounded by its opcode count, which has a limit.
 """
 
 import dataclasses
-import pickletools
+import struct
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from jaxgrad.torch._errors import MalformedError, shorten
+from jaxgrad.torch._opcodes import MAX_NAME_LENGTH, OPCODES, Bytes, Decode
 
+MAX_PICKLE_BYTES = 1 << 28
 MAX_OPCODES = 8_000_000  # ~32 opcodes per tensor
-MAX_INT_BITS = 1024
-MAX_NAME_LENGTH = 1024
 MAX_KEY_LENGTH = 16
 # Integer hashes are not salted, so crafted keys make a dict quadratic; strings are safe.
 MAX_NON_STRING_KEYS = 1 << 17
+_UINT32 = struct.Struct("<I")
+_BINGET, _LONG_BINPUT, _BININT1, _EMPTY_TUPLE = b"hrK)"
 _RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}
-
-
-class Stream(Protocol):
-    """What `pickletools.genops` reads from."""
-
-    def read(self, size: int, /) -> bytes: ...
-    def readline(self) -> bytes: ...
-    def tell(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,38 +61,74 @@ class Machine:
         self._rebuild = rebuild
         self._persistent_load = persistent_load
         self._stack: list[Any] = []
-        self._marked: list[list[Any]] = []
+        self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
         self._left = MAX_OPCODES
         self._keys_left = MAX_NON_STRING_KEYS
 
-    def load(self, stream: Stream) -> Any:
-        """The object that the pickle at the stream's position describes."""
-        ops = pickletools.genops(stream)  # pyright: ignore[reportArgumentType]
-        code, position = "", 0
-        handlers = {name: handler.__get__(self) for name, handler in _HANDLERS.items()}
+    def load(self, data: Bytes, at: int = 0) -> tuple[Any, int]:
+        """The object that the pickle at byte `at` describes, and where the pickle ends."""
+        end = min(len(data), at + MAX_PICKLE_BYTES)
+        table = self._table()
+        stack, memo = self._stack, self._memo
+        start, code = at, 0
         try:
-            for opcode, arg, at in ops:
-                code, position = opcode.name, at
-                self.charge(1)
-                if code == "STOP":
-                    break
-                if code not in handlers:
-                    raise MalformedError(f"opcode {code} is not one that torch.save writes")
-                handlers[code](arg)
-            if self._marked or len(self._stack) != 1:
+            for _ in range(MAX_OPCODES):
+                start, code = at, data[at]
+                # The most frequent opcodes, over two thirds of a file's, are worth no calls.
+                if code == _BINGET:
+                    stack.append(memo[data[at + 1]])
+                    at += 2
+                elif code == _LONG_BINPUT:
+                    (index,) = _UINT32.unpack_from(data, at + 1)
+                    if index > len(memo) + 1:
+                        raise MalformedError(f"memo entry {index} out of sequence")
+                    memo[index] = stack[-1]
+                    at += 5
+                elif code == _BININT1:
+                    stack.append(data[at + 1])
+                    at += 2
+                elif code == _EMPTY_TUPLE:
+                    stack.append(())
+                    at += 1
+                else:
+                    decode, handle = table[code]
+                    if decode is not None:
+                        arg, at = decode(data, at + 1, end)
+                        handle(arg)
+                    elif handle is not None:
+                        at += 1
+                        handle()
+                    else:
+                        break
+            else:
+                raise MalformedError(f"the pickle has more than {MAX_OPCODES} opcodes")
+            if code not in OPCODES:
+                raise MalformedError("not an opcode that torch.save writes")
+            if self._marks or len(stack) != 1:
                 raise MalformedError("the pickle does not end with exactly one object")
-            return self._stack[0]
+            return stack[0], at + 1
         except MalformedError as error:
-            reason = f"{error.reason} (pickle opcode {code} at byte {position})"
-            raise MalformedError(reason, error.entry) from None
-        except IndexError:
-            reason = f"pickle opcode {code} at byte {position} takes more than the stack holds"
-            raise MalformedError(reason) from None
-        # genops raises ValueError; a bad escape in a protocol-0 string warns.
-        except (ValueError, DeprecationWarning) as error:
-            reason = f"not a pickle after byte {position}: {shorten(str(error))}"
-            raise MalformedError(reason) from None
+            reason, entry = error.reason, error.entry
+        except ValueError as error:
+            reason, entry = shorten(str(error)), ""
+        except KeyError as error:
+            reason, entry = f"memo entry {error} does not exist", ""
+        except (IndexError, struct.error):
+            underflow = "an opcode takes more than the stack holds"
+            reason, entry = underflow if at < end else "the pickle ends early", ""
+        name = OPCODES[code].name if code in OPCODES else f"0x{code:02x}"
+        raise MalformedError(f"{reason} (opcode {name} at byte {start} of the pickle)", entry)
+
+    def _table(self) -> list[tuple[Decode | None, Any]]:
+        """By opcode byte, its decoder and its handler; STOP and unknown bytes have neither."""
+        table: list[tuple[Decode | None, Any]] = [(None, None)] * 256
+        for code, opcode in OPCODES.items():
+            if opcode.name in _HANDLERS:
+                table[code] = (opcode.decode, _HANDLERS[opcode.name].__get__(self))
+            elif opcode.decode is not None:
+                table[code] = (opcode.decode, self._stack.append)
+        return table
 
     def charge(self, work: int) -> None:
         """Counts work against the limit of opcodes."""
@@ -144,45 +173,53 @@ class Machine:
 
     # Opcode handlers, in the order of the pickle protocol's own description.
 
-    def _push(self, value: Any) -> None:
-        self._stack.append(value)
+    def _skip(self, _: int) -> None:
+        pass
+
+    def _mark(self) -> None:
+        self._marks.append(len(self._stack))
 
     def _pop_mark(self) -> list[Any]:
-        above = self._stack
-        self._stack = self._marked.pop()
+        at = self._marks.pop()
+        if at > len(self._stack):
+            raise MalformedError("a mark above the top of the stack")
+        above = self._stack[at:]
+        del self._stack[at:]
         return above
 
-    def _long(self, value: int) -> None:
-        if value.bit_length() > MAX_INT_BITS:
-            raise MalformedError(f"an integer of {value.bit_length()} bits, at most {MAX_INT_BITS}")
-        self._stack.append(value)
-
-    def _mark(self, _: Any) -> None:
-        self._marked.append(self._stack)
-        self._stack = []
-
-    def _pop(self, _: Any) -> None:
+    def _pop(self) -> None:
         # A pickler pops a mark, too, when it finds a tuple inside itself.
-        if self._stack:
-            self._stack.pop()
+        if self._marks and self._marks[-1] == len(self._stack):
+            self._marks.pop()
         else:
-            self._pop_mark()
+            self._stack.pop()
 
-    def _discard(self, _: Any) -> None:
+    def _discard(self) -> None:
         self._pop_mark()
 
-    def _tuple(self, size: int | None) -> None:
-        if size is None:
-            elements = tuple(self._pop_mark())
-        else:
-            if len(self._stack) < size:
-                raise IndexError
-            elements = tuple(self._stack[-size:])
-            del self._stack[-size:]
-        self._stack.append(elements)
+    def _tuple1(self) -> None:
+        self._stack[-1] = (self._stack[-1],)
 
-    def _append(self, _: Any) -> None:
+    def _tuple2(self) -> None:
+        second = self._stack.pop()
+        self._stack[-1] = (self._stack[-1], second)
+
+    def _tuple3(self) -> None:
+        third = self._stack.pop()
+        second = self._stack.pop()
+        self._stack[-1] = (self._stack[-1], second, third)
+
+    def _tuple(self) -> None:
+        self._stack.append(tuple(self._pop_mark()))
+
+    def _list(self) -> None:
+        self._stack.append(self._pop_mark())
+
+    def _append(self) -> None:
         self._extend([self._stack.pop()])
+
+    def _appends(self) -> None:
+        self._extend(self._pop_mark())
 
     def _extend(self, elements: list[Any]) -> None:
         target = self._stack[-1]
@@ -191,16 +228,19 @@ class Machine:
         elif not isinstance(target, Object):
             raise MalformedError(f"elements appended to a {type(target).__name__}")
 
-    def _additems(self, _: Any) -> None:
+    def _additems(self) -> None:
         elements = self._pop_mark()
         target = self._stack[-1]
         if type(target) is not set:
             raise MalformedError(f"elements added to a {type(target).__name__}")
         target.update(self.as_set(elements))
 
-    def _setitem(self, _: Any) -> None:
+    def _setitem(self) -> None:
         value = self._stack.pop()
         self._update([self._stack.pop(), value])
+
+    def _setitems(self) -> None:
+        self._update(self._pop_mark())
 
     def _update(self, flat: list[Any]) -> None:
         if len(flat) % 2:
@@ -215,10 +255,16 @@ class Machine:
         for index in range(0, len(flat), 2):
             target[key(flat[index])] = flat[index + 1]
 
-    def _dict(self, _: Any) -> None:
+    def _dict(self) -> None:
         flat = self._pop_mark()
         self._stack.append({})
         self._update(flat)
+
+    def _frozenset(self) -> None:
+        self._stack.append(frozenset(self.as_set(self._pop_mark())))
+
+    def _memoize(self) -> None:
+        self._put(len(self._memo))
 
     def _put(self, index: int) -> None:
         # Picklers count from 0 (Python 2's from 1), without gaps.
@@ -227,42 +273,37 @@ class Machine:
         self._memo[index] = self._stack[-1]
 
     def _get(self, index: int) -> None:
-        if index not in self._memo:
-            raise MalformedError(f"memo entry {index} does not exist")
         self._stack.append(self._memo[index])
 
-    def _global(self, dotted: str) -> None:
-        module, _, name = dotted.partition(" ")
-        self._push_global(module, name)
-
-    def _stack_global(self, _: Any) -> None:
-        name, module = self._stack.pop(), self._stack.pop()
-        if type(name) is not str or type(module) is not str:
-            raise MalformedError("a global whose name is not a string")
-        self._push_global(module, name)
-
-    def _push_global(self, module: str, name: str) -> None:
+    def _global(self, names: tuple[str, str]) -> None:
+        module, name = names
         # A memo entry can repeat a name, so a long one would cost more than its bytes.
         if len(module) + len(name) > MAX_NAME_LENGTH:
             raise MalformedError(f"a global's name is longer than {MAX_NAME_LENGTH} characters")
         self._stack.append(Global(f"{_RENAMED.get(module, module)}.{name}"))
 
-    def _reduce(self, _: Any) -> None:
+    def _stack_global(self) -> None:
+        name, module = self._stack.pop(), self._stack.pop()
+        if type(name) is not str or type(module) is not str:
+            raise MalformedError("a global whose name is not a string")
+        self._global((module, name))
+
+    def _reduce(self) -> None:
         args = self._stack.pop()
         self._stack[-1] = self.call(self._stack[-1], args)
 
-    def _newobj(self, _: Any) -> None:
+    def _newobj(self) -> None:
         args = self._stack.pop()
         cls = self._stack[-1]
         if not isinstance(cls, Global) or type(args) is not tuple:
             raise MalformedError(f"an object made of a {type(cls).__name__}")
         self._stack[-1] = Object(cls.name, args)
 
-    def _newobj_ex(self, _: Any) -> None:
+    def _newobj_ex(self) -> None:
         self._stack.pop()
-        self._newobj(None)
+        self._newobj()
 
-    def _build(self, _: Any) -> None:
+    def _build(self) -> None:
         state = self._stack.pop()
         target = self._stack[-1]
         # The attributes of a dict (`state_dict()._metadata`) or a tensor hold nothing to read.
@@ -273,46 +314,34 @@ class Machine:
         elif isinstance(target, Global) or target is None or isinstance(target, (int, str, tuple)):
             raise MalformedError(f"state set on a {type(target).__name__}")
 
-    def _persistent(self, _: Any) -> None:
+    def _persistent(self) -> None:
         pid = self._stack.pop()
         if type(pid) is not tuple or not pid or type(pid[0]) is not str:
             raise MalformedError("a persistent id that is not a tuple starting with its kind")
         self._stack.append(self._persistent_load(pid))
 
 
-_HANDLERS: Mapping[str, Callable[[Machine, Any], None]] = {
-    "PROTO": lambda machine, _: None,
-    "FRAME": lambda machine, _: None,
-    "NONE": lambda machine, _: machine._push(None),
-    "NEWTRUE": lambda machine, _: machine._push(True),
-    "NEWFALSE": lambda machine, _: machine._push(False),
-    **dict.fromkeys(("BININT", "BININT1", "BININT2", "BINFLOAT"), Machine._push),
-    **dict.fromkeys(("LONG1", "LONG4"), Machine._long),
-    **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"), Machine._push),
-    **dict.fromkeys(("BINSTRING", "SHORT_BINSTRING"), Machine._push),
-    **dict.fromkeys(("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"), Machine._push),
-    "EMPTY_TUPLE": lambda machine, _: machine._push(()),
-    "TUPLE1": lambda machine, _: machine._tuple(1),
-    "TUPLE2": lambda machine, _: machine._tuple(2),
-    "TUPLE3": lambda machine, _: machine._tuple(3),
+_HANDLERS: Mapping[str, Any] = {
+    "PROTO": Machine._skip,
+    "FRAME": Machine._skip,
+    "TUPLE1": Machine._tuple1,
+    "TUPLE2": Machine._tuple2,
+    "TUPLE3": Machine._tuple3,
     "TUPLE": Machine._tuple,
-    "EMPTY_LIST": lambda machine, _: machine._push([]),
-    "LIST": lambda machine, _: machine._push(machine._pop_mark()),
+    "LIST": Machine._list,
     "APPEND": Machine._append,
-    "APPENDS": lambda machine, _: machine._extend(machine._pop_mark()),
-    "EMPTY_DICT": lambda machine, _: machine._push({}),
+    "APPENDS": Machine._appends,
     "DICT": Machine._dict,
     "SETITEM": Machine._setitem,
-    "SETITEMS": lambda machine, _: machine._update(machine._pop_mark()),
-    "EMPTY_SET": lambda machine, _: machine._push(set()),
+    "SETITEMS": Machine._setitems,
     "ADDITEMS": Machine._additems,
-    "FROZENSET": lambda machine, _: machine._push(frozenset(machine.as_set(machine._pop_mark()))),
+    "FROZENSET": Machine._frozenset,
     "MARK": Machine._mark,
     "POP": Machine._pop,
     "POP_MARK": Machine._discard,
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), Machine._put),
-    "MEMOIZE": lambda machine, _: machine._put(len(machine._memo)),
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), Machine._get),
+    "BINPUT": Machine._put,
+    "MEMOIZE": Machine._memoize,
+    "LONG_BINGET": Machine._get,
     "GLOBAL": Machine._global,
     "STACK_GLOBAL": Machine._stack_global,
     "REDUCE": Machine._reduce,

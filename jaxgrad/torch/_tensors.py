@@ -7,7 +7,6 @@ per storage.
 """
 
 import dataclasses
-import math
 import mmap
 from collections.abc import Mapping
 from typing import Any
@@ -96,60 +95,56 @@ def dtype_named(name: str) -> np.dtype[Any]:
 
 def checked_int(value: Any, what: str) -> int:
     """`value`, when it is an integer in [0, 2**63)."""
-    if type(value) is not int:
-        raise MalformedError(f"{what} is of type {type(value).__name__}, expected an integer")
-    if not 0 <= value <= _MAX_INT64:
-        raise MalformedError(f"{what} is {value}, expected 0 <= {what} < 2**63")
-    return value
-
-
-def _checked_ints(values: Any, what: str) -> tuple[int, ...]:
-    if not isinstance(values, (tuple, list)):
-        raise MalformedError(f"{what} is of type {type(values).__name__}, expected a tuple")
-    if len(values) > MAX_RANK:
-        raise MalformedError(
-            f"{what} has {len(values)} dimensions, at most {MAX_RANK} are possible"
-        )
-    return tuple(checked_int(value, what) for value in values)
+    if type(value) is int and 0 <= value <= _MAX_INT64:
+        return value
+    shown = value if type(value) is int else f"a {type(value).__name__}"
+    raise MalformedError(f"{what} is {shown}, expected an integer in [0, 2**63)")
 
 
 def make_tensor(
-    storage: Any, dtype: np.dtype[Any], offset: Any, shape: Any, strides: Any, metadata: Any = None
+    storage: Storage, dtype: np.dtype[Any], offset: Any, shape: Any, strides: Any, bits: Any = None
 ) -> Tensor:
-    """A `Tensor`, when all its elements lie inside `storage`."""
-    if not isinstance(storage, Storage):
-        raise MalformedError(f"a tensor's storage is a {type(storage).__name__}")
-    offset = checked_int(offset, "storage offset")
-    shape = _checked_ints(shape, "shape")
-    strides = _checked_ints(strides, "stride")
-    if len(shape) != len(strides):
-        raise MalformedError(f"shape {shape} and stride {strides} differ in length")
-    bits = metadata if metadata is not None else {}
+    """A `Tensor`, when all its elements lie inside `storage`.
+
+    `bits` are PyTorch's tensor metadata: a dict with "conj" and "neg", or None.
+    """
+    if not isinstance(shape, (tuple, list)) or not isinstance(strides, (tuple, list)):
+        kinds = f"{type(shape).__name__} and {type(strides).__name__}"
+        raise MalformedError(f"shape and stride are {kinds}, expected tuples")
+    if len(shape) != len(strides) or len(shape) > MAX_RANK:
+        ranks = f"{len(shape)} and {len(strides)}"
+        raise MalformedError(f"shape and stride of {ranks} dimensions, expected <= {MAX_RANK} each")
+    itemsize = dtype.itemsize
+    last = checked_int(offset, "storage offset")
+    numel = extent = 1
+    for size, stride in zip(shape, strides, strict=True):
+        last += (checked_int(size, "dimension") - 1) * checked_int(stride, "stride")
+        numel *= size
+        # NumPy multiplies the other dimensions even if one is zero.
+        extent *= size or 1
+        if max(extent, stride) * itemsize > _MAX_INT64:
+            raise MalformedError(f"shape {tuple(shape)} or stride {tuple(strides)} exceeds 2**63")
+    room = storage.nbytes // itemsize
+    if numel and last >= room:
+        raise MalformedError(
+            f"shape {tuple(shape)}, stride {tuple(strides)} and offset {offset} reach element "
+            f"{last} of storage '{shorten(storage.key)}', which holds {room}"
+        )
+    if numel > room and numel * itemsize > MAX_EXPANDED_BYTES:
+        raise MalformedError(
+            f"shape {tuple(shape)} expands the {room} elements of storage "
+            f"'{shorten(storage.key)}' to {numel * itemsize} bytes, over {MAX_EXPANDED_BYTES}"
+        )
+    conj, neg = _metadata(bits) if bits else (False, False)
+    return Tensor(storage, dtype, offset, tuple(shape), tuple(strides), conj, neg)
+
+
+def _metadata(bits: Any) -> tuple[bool, bool]:
     if type(bits) is not dict or any(
         key not in ("conj", "neg") or type(bit) is not bool for key, bit in bits.items()
     ):
         raise MalformedError("tensor metadata other than the bits 'conj' and 'neg'")
-    numel = math.prod(shape)
-    room = storage.nbytes // dtype.itemsize
-    # NumPy multiplies the non-zero dimensions even if another one is zero.
-    if math.prod(size for size in shape if size) * dtype.itemsize > _MAX_INT64:
-        raise MalformedError(f"shape {shape} has more than 2**63 bytes")
-    if numel:
-        last = offset + sum((size - 1) * s for size, s in zip(shape, strides, strict=True))
-        if last >= room:
-            raise MalformedError(
-                f"shape {shape}, stride {strides} and offset {offset} reach element {last} "
-                f"of storage '{shorten(storage.key)}', which holds {room}"
-            )
-        if max(strides, default=0) * dtype.itemsize > _MAX_INT64:
-            raise MalformedError(f"stride {strides} overflows 64 bits")
-    if numel > room and numel * dtype.itemsize > MAX_EXPANDED_BYTES:
-        raise MalformedError(
-            f"shape {shape} expands the {room} elements of storage '{shorten(storage.key)}' to "
-            f"{numel * dtype.itemsize} bytes; expansions end at {MAX_EXPANDED_BYTES}"
-        )
-    conj, neg = bits.get("conj", False), bits.get("neg", False)
-    return Tensor(storage, dtype, offset, shape, strides, conj, neg)
+    return bits.get("conj", False), bits.get("neg", False)
 
 
 class Arrays:

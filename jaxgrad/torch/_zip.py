@@ -9,7 +9,6 @@ on opening, and all of them on request, since that reads the whole file.
 """
 
 import dataclasses
-import io
 import mmap
 import struct
 import zlib
@@ -17,10 +16,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxgrad.torch._errors import MalformedError, shorten
-from jaxgrad.torch._pickle import Machine
+from jaxgrad.torch._pickle import MAX_PICKLE_BYTES, Machine
 from jaxgrad.torch._rebuild import REBUILD, load_storage
 
-MAX_PICKLE_BYTES = 1 << 28
 MAX_DIRECTORY_BYTES = 1 << 26
 EAGER_CRC_BYTES = 1 << 14
 
@@ -141,8 +139,11 @@ def _locate(data: mmap.mmap, entries: Mapping[str, Entry], limit: int) -> None:
 
 
 def _checked(data: mmap.mmap, entry: Entry) -> None:
-    with memoryview(data) as whole, whole[entry.start : entry.start + entry.size] as span:
-        crc = zlib.crc32(span)
+    if entry.size <= EAGER_CRC_BYTES:
+        crc = zlib.crc32(data[entry.start : entry.start + entry.size])
+    else:
+        with memoryview(data) as whole, whole[entry.start : entry.start + entry.size] as span:
+            crc = zlib.crc32(span)
     if crc != entry.crc:
         raise MalformedError(
             f"is damaged: its checksum is {crc:08x}, the zip records {entry.crc:08x}",
@@ -217,8 +218,8 @@ def load_zip(data: mmap.mmap, checksums: bool) -> Any:
             raise MalformedError(f"a persistent id of kind '{shorten(pid[0])}', expected 'storage'")
         return load_storage(pid[1:], place)
 
-    stream = io.BytesIO(data[pickle.start : pickle.start + pickle.size])
     try:
-        return Machine(REBUILD, persistent_load).load(stream)
+        content = data[pickle.start : pickle.start + pickle.size]
+        return Machine(REBUILD, persistent_load).load(content)[0]
     except MalformedError as error:
         raise MalformedError(error.reason, error.entry or pickle.name) from None
