@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxgrad import _select
+from jaxgrad._messages import listed, nearest
 from jaxgrad.torch import _translate
 from jaxgrad.torch._chain import Chain
 from jaxgrad.torch._map import load_into
@@ -66,9 +66,14 @@ def from_module(
         TorchFileError: the file can't be read.
 
     Example:
-        >>> import jaxgrad as jg
-        >>> model = jg.torch.from_module("mnist_model.pt")  # doctest: +SKIP
-        >>> jg.torch.verify(model, None, inputs, expected)  # doctest: +SKIP
+        >>> import pathlib, numpy as np, jaxgrad as jg
+        >>> sizes = {"in_features": 3, "out_features": 2}
+        >>> linear = jg.torch.Module("torch.nn.modules.linear.Linear", sizes, {}, ("weight",))
+        >>> net = jg.torch.Module("torch.nn.modules.container.Sequential", {}, {"0": linear})
+        >>> tensors = {"0.weight": np.ones((2, 3), np.float32)}
+        >>> file = jg.torch.Checkpoint(pathlib.Path("net.pt"), "zip", tensors, module=net)
+        >>> jg.torch.from_module(file)(np.ones((1, 3), np.float32))
+        Array([[3., 3.]], dtype=float32)
 
     Source: `torch.load(path, weights_only=False).eval()`.
     """
@@ -80,7 +85,7 @@ def from_module(
             "build the Flax model and use jaxgrad.torch.load_into"
         )
     if source.tied:
-        names = _select.listed(map(repr, source.tied[0]))
+        names = listed(map(repr, source.tied[0]))
         raise MappingError(
             f"{names} are one tensor: build the Flax model with one layer in both places and use "
             "jaxgrad.torch.load_into, or they would part in training"
@@ -149,7 +154,7 @@ class _Builder:
         ]
         if idle:
             raise MappingError(
-                f"forward runs no layer that holds {_select.listed(map(repr, idle))}: name it too"
+                f"forward runs no layer that holds {listed(map(repr, idle))}: name it too"
             )
         return _nested(layers, steps)
 
@@ -162,7 +167,7 @@ class _Builder:
     def check_obvious(self, path: str, module: Module) -> None:
         """Raises unless the layers of a class of the user's own can run in one order only."""
         if own := [*module.parameters, *module.buffers]:
-            raise _refuse(path, module, f"it uses {_select.listed(map(repr, own))} by itself")
+            raise _refuse(path, module, f"it uses {listed(map(repr, own))} by itself")
         leaves = [self.spec(p, m) for p, m in _leaves(path, module)]
         maps = [i for i, leaf in enumerate(leaves) if _translate.is_map(leaf.cls)]
         if not maps:
@@ -221,8 +226,8 @@ def _find(module: Module, name: str) -> Module:
     found = module
     for part in name.split("."):
         if part not in found.children:
-            close = _select.nearest(name, [path for path, _ in _leaves("", module)])
-            hint = f"; nearest: {_select.listed(map(repr, close))}" if close else ""
+            close = nearest(name, [path for path, _ in _leaves("", module)])
+            hint = f"; nearest: {listed(map(repr, close))}" if close else ""
             raise MappingError(f"forward names {name!r}, which the module has not{hint}")
         found = found.children[part]
     return found

@@ -11,7 +11,7 @@ user's own) stays open here, and is decided by the file, by a rule, or not at al
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -72,6 +72,7 @@ class Layer:
         leaves: by their path below the layer; a leaf on its own has the path "".
         in_axes: how many axes of a linear kernel are inputs.
         flipped: for `conv_transpose`, whether Flax holds the kernel flipped.
+        sequence: for a cell, whether it is the `cell` of an RNN, which runs it over a sequence.
     """
 
     path: str
@@ -79,6 +80,7 @@ class Layer:
     leaves: Mapping[str, Leaf]
     in_axes: int = 1
     flipped: bool = True
+    sequence: bool = False
 
     def parts(self, *, channels: int = 1, separate: bool = False) -> list[Part]:
         """The parts that fill the leaves; see `_layouts`."""
@@ -104,9 +106,9 @@ class Layer:
     @property
     def name(self) -> str:
         """The path by which its PyTorch module would go: `rnn/cell` is `rnn`."""
-        if self.kind not in GATES:
+        if not self.sequence:
             return self.path
-        name = re.sub(r"(^|/)cell$", "", self.path)
+        name = self.path.removesuffix("cell").removesuffix("/")
         return re.sub(r"(^|/)forward_rnn$", "", re.sub(r"\bbackward_rnn$", "reverse", name))
 
 
@@ -152,6 +154,16 @@ class Tree:
         """The leaves by path."""
         return {leaf.path: leaf for leaf in self.leaves}
 
+    @functools.cached_property
+    def nodes(self) -> Mapping[str, Mapping[str, Leaf]]:
+        """The inner nodes, without Linen's collections, to their leaves by the path from there."""
+        nodes: dict[str, dict[str, Leaf]] = {}
+        for leaf in self.leaves:
+            parts = bare(leaf.path).split("/")
+            for depth in range(len(parts)):
+                nodes.setdefault("/".join(parts[:depth]), {})["/".join(parts[depth:])] = leaf
+        return nodes
+
     @property
     def flattens_channels_first(self) -> bool:
         """Whether the model moves channels first before it flattens, as PyTorch does."""
@@ -172,46 +184,39 @@ class Tree:
         """The layers of an NNX module, outermost first, by their classes."""
         assert self.module is not None
         modules = sorted(nnx.iter_modules(self.module), key=lambda found: len(found[0]))
-        claimed: list[str] = []
+        sequences = [path for path, module in modules if isinstance(module, nnx.RNN)]
+        taken: set[str] = set()
         for path, module in modules:
             here = "/".join(map(str, path))
             kind = next((kind for cls, kind in _CLASSES if isinstance(module, cls)), None)
-            if kind is None or any(_inside(here, outer) for outer in claimed):
+            leaves = _untaken(self.nodes.get(here, {}), taken)
+            if kind is None or not leaves:
                 continue
-            leaves = _below(self.leaves, here)
             axes = len(module.in_features) if isinstance(module, nnx.LinearGeneral) else 1
             flipped = isinstance(module, nnx.ConvTranspose) and not module.transpose_kernel
             if isinstance(module, nnx.LinearGeneral) and module.batch_axis:
                 continue
-            layer = Layer(here, kind, leaves, in_axes=axes, flipped=flipped)
-            known = {part.leaf for part in layer.parts()}
-            leaves = {name: leaf for name, leaf in leaves.items() if name in known}
-            if leaves:
-                claimed.append(here)
-                yield dataclasses.replace(layer, leaves=leaves)
+            sequence = any(path == (*outer, "cell") for outer in sequences)
+            layer = Layer(here, kind, leaves, axes, flipped, sequence)
+            if found := _with_known_leaves(layer):
+                taken |= {leaf.path for leaf in found.leaves.values()}
+                yield found
 
     def _by_name(self) -> Iterator[Layer]:
         """The layers of a tree of arrays, outermost first, by the names of their leaves."""
-        nodes = dict.fromkeys(
-            "/".join(parts[:depth])
-            for parts in (bare(leaf.path).split("/") for leaf in self.leaves)
-            for depth in range(len(parts))
-        )
-        claimed: list[str] = []
-        for node in sorted(nodes, key=lambda node: (node != "") + node.count("/")):
-            if any(_inside(node, outer) for outer in claimed):
-                continue
-            leaves = _below(self.leaves, node)
+        taken: set[str] = set()
+        for node, inside in sorted(self.nodes.items(), key=lambda item: _depth(item[0])):
+            leaves = _untaken(inside, taken)
             kind = _kind_by_name(node, leaves)
             if kind is None:
                 continue
-            layer = Layer(node, kind, leaves)
-            known = {part.leaf for part in layer.parts()}
-            if kind in GATES or kind == "attention":
-                claimed.append(node)
-            yield dataclasses.replace(
-                layer, leaves={name: leaf for name, leaf in leaves.items() if name in known}
-            )
+            outer, _, last = node.rpartition("/")
+            # An RNN holds nothing but its cell.
+            alone = len(self.nodes.get(outer, ())) == len(leaves)
+            layer = Layer(node, kind, leaves, sequence=kind in GATES and last == "cell" and alone)
+            if found := _with_known_leaves(layer):
+                taken |= {leaf.path for leaf in found.leaves.values()}
+                yield found
 
 
 def read_tree(params: Any) -> Tree:
@@ -267,17 +272,19 @@ def bare(path: str) -> str:
     return rest if head in _COLLECTIONS and rest else path
 
 
-def _inside(node: str, outer: str) -> bool:
-    return node != outer and node.startswith(f"{outer}/" if outer else "")
+def _depth(node: str) -> int:
+    return (node != "") + node.count("/")
 
 
-def _below(leaves: Sequence[Leaf], node: str) -> dict[str, Leaf]:
-    prefix = f"{node}/" if node else ""
-    return {
-        bare(leaf.path)[len(prefix) :]: leaf
-        for leaf in leaves
-        if bare(leaf.path).startswith(prefix)
-    }
+def _untaken(leaves: Mapping[str, Leaf], taken: Set[str]) -> dict[str, Leaf]:
+    return {name: leaf for name, leaf in leaves.items() if leaf.path not in taken}
+
+
+def _with_known_leaves(layer: Layer) -> Layer | None:
+    """The layer without leaves that its type doesn't have; None if that leaves none."""
+    known = {part.leaf for part in layer.parts()}
+    leaves = {name: leaf for name, leaf in layer.leaves.items() if name in known}
+    return dataclasses.replace(layer, leaves=leaves) if leaves else None
 
 
 def _kind_by_name(node: str, leaves: Mapping[str, Leaf]) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from jaxgrad import _select
+from jaxgrad._messages import listed, nearest
 from jaxgrad.torch import _decide
 from jaxgrad.torch._flax import Layer, Leaf, Tree
 from jaxgrad.torch._layouts import Part
@@ -16,6 +16,8 @@ from jaxgrad.torch._match import Match
 from jaxgrad.torch._names import Group, describe
 from jaxgrad.torch._report import Entry, Pair, Problem, Report, fault
 from jaxgrad.torch._source import File
+
+_MOST_COMPARED = 30_000
 
 
 @dataclasses.dataclass
@@ -30,6 +32,7 @@ class Ledger:
     pairs: list[Pair] = dataclasses.field(default_factory=list)
     kept: dict[str, str] = dataclasses.field(default_factory=dict)
     problems: list[Problem] = dataclasses.field(default_factory=list)
+    compared: int = 0
 
     def settle(self, matches: Sequence[Match]) -> None:
         """Decides each pair's layout, and checks names, shapes and dtypes."""
@@ -70,21 +73,22 @@ class Ledger:
         free = [
             name for group in groups if id(group) not in matched for name in group.tensors.values()
         ]
-        waiting = [layer for layer in layers if layer.path not in paired]
-        for layer in waiting:
-            expected = {p.leaf: p for p in layer.parts()}
-            for rest, leaf in layer.leaves.items():
-                part = expected.get(rest)
-                wanted = [_dotted(layer, source) for source in part.sources] if part else []
-                self._missing(leaf, wanted, free)
+        wanted: dict[str, str] = {}  # names that a file should have, to the leaves they fill
+        for layer in layers:
+            if layer.path in paired:
+                continue
+            for part in layer.parts():
+                leaf = layer.leaves[part.leaf]
+                names = [_dotted(layer, source) for source in part.sources]
+                wanted |= dict.fromkeys(names, leaf.path)
+                self._missing(leaf, names, free)
         used = {name for entry in self.entries.values() for name in entry.sources}
         for name in free:
             partners = [n for tie in self.file.tied if name in tie for n in tie if n in used]
             if partners:
                 self.dropped[name] = f"tied to {partners[0]}"
             else:
-                here = [x.path for layer in waiting for x in layer.leaves.values()]
-                close = _select.nearest(name.replace(".", "/"), here)
+                close = [wanted[near] for near in self._nearest(name, wanted)]
                 hint = f"nearest unfilled: {_listed(close)}" if close else "no leaf is near"
                 self._left_over(name, hint)
 
@@ -154,14 +158,20 @@ class Ledger:
         if leaf.path in self.optional:
             self.kept.setdefault(leaf.path, "not in the file")
             return
-        close = _select.nearest(wanted[0] if wanted else leaf.path.replace("/", "."), free)
+        close = self._nearest(wanted[0] if wanted else leaf.path.replace("/", "."), free)
         found = [describe(name, self.file.tensors[name]) for name in close]
         names = " + ".join(map(repr, wanted)) or "tensor of this name"
-        hint = f"nearest: {_select.listed(found)}" if found else "none is near"
+        hint = f"nearest: {listed(found)}" if found else "none is near"
         self._problem("missing", f"{leaf}: the file has no {names}; {hint}")
 
     def _left_over(self, name: str, why: str) -> None:
         self._problem("left over", f"{describe(name, self.file.tensors[name])}: {why}")
+
+    def _nearest(self, name: str, candidates: Iterable[str]) -> list[str]:
+        # Each search reads all candidates: with thousands of problems it would take minutes.
+        candidates = list(candidates)
+        self.compared += len(candidates)
+        return nearest(name, candidates) if self.compared < _MOST_COMPARED else []
 
     def _problem(self, kind: str, text: str) -> None:
         self.problems.append(Problem(kind, text))
@@ -172,4 +182,4 @@ def _dotted(layer: Layer, source: str) -> str:
 
 
 def _listed(names: Iterable[str]) -> str:
-    return _select.listed(map(repr, names))
+    return listed(map(repr, names))

@@ -86,12 +86,15 @@ def _same_name(layers: Iterable[Layer], groups: Iterable[Group]) -> list[tuple[L
 
 def _same_end(layers: Iterable[Layer], groups: Iterable[Group]) -> list[tuple[Layer, Group]]:
     """`module.head` is `head`: one path ends in the other, and only one does."""
-    layers, groups = list(layers), list(groups)
+    layers = list(layers)
+    by_word: dict[str, list[Group]] = collections.defaultdict(list)
+    for group in groups:
+        by_word[group.path.rpartition("/")[2]].append(group)
     ours: dict[str, list[Group]] = collections.defaultdict(list)
     theirs: dict[str, list[Layer]] = collections.defaultdict(list)
     for layer in layers:
-        for group in groups:
-            if layer.name and group.path and _ends(layer.name, group.path):
+        for group in by_word[layer.name.rpartition("/")[2]] if layer.name else ():
+            if _ends(layer.name, group.path):
                 ours[layer.path].append(group)
                 theirs[group.path].append(layer)
     return [

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from jaxgrad import _select
+from jaxgrad._messages import listed, nearest
 from jaxgrad.torch._flax import KINDS
 from jaxgrad.torch._report import MappingError
 
@@ -257,8 +257,8 @@ def check_used(rules: Sequence[Rule], names: Sequence[str]) -> None:
     modules = [name.rpartition(".")[0] for name in names]
     for rule in rules:
         if not any(rule.renamed(name) is not None for name in names):
-            close = _select.nearest(rule.pattern, [*names, *modules])
-            hint = f"; nearest: {_select.listed(map(repr, close))}" if close else ""
+            close = nearest(rule.pattern, [*names, *modules])
+            hint = f"; nearest: {listed(map(repr, close))}" if close else ""
             raise MappingError(f"the rule {str(rule)!r} matches no name in the file{hint}")
 
 

@@ -6,15 +6,29 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxgrad import _select
+from jaxgrad._messages import count
 from jaxgrad.torch._flax import Layer, Tree
 from jaxgrad.torch._layouts import Part
 
 
 class MappingError(ValueError):
-    """PyTorch tensors and Flax parameters do not fit: the message lists every name at fault."""
+    """PyTorch tensors and Flax parameters do not fit: the message lists the names at fault.
+
+    Example:
+        >>> import numpy as np, jaxgrad as jg
+        >>> jg.torch.load_into({"scale": np.zeros(2)}, {})
+        Traceback (most recent call last):
+            ...
+        jaxgrad.torch.MappingError: the mapping does not fit the parameters: 1 problem
+        ...
+
+    Source: the "Missing key(s) in state_dict" of `torch.nn.Module.load_state_dict`.
+    """
 
     __module__ = "jaxgrad.torch"
+
+
+_MOST_SHOWN = 40  # of one kind; the first tell what is wrong, and a thousand say no more
 
 
 class Problem(NamedTuple):
@@ -25,11 +39,15 @@ class Problem(NamedTuple):
 
 
 def fault(what: str, problems: Sequence[Problem]) -> MappingError:
-    """The error that lists all problems, each kind with what to do."""
-    lines = [f"{what}: {_select.count(problems, 'problem', verb=False)}"]
+    """The error that lists the problems, each kind with what to do."""
+    lines = [f"{what}: {count(problems, 'problem', verb=False)}"]
     for kind, advice in _ADVICE.items():
-        if texts := dict.fromkeys(problem.text for problem in problems if problem.kind == kind):
-            lines += [f"{kind}:", *(f"  {text}" for text in texts), f"  -> {advice}"]
+        texts = list(dict.fromkeys(problem.text for problem in problems if problem.kind == kind))
+        shown = [f"  {text}" for text in texts[:_MOST_SHOWN]]
+        if len(texts) > _MOST_SHOWN:
+            shown.append(f"  and {len(texts) - _MOST_SHOWN} more")
+        if texts:
+            lines += [f"{kind}:", *shown, f"  -> {advice}"]
     return MappingError("\n".join(lines))
 
 
@@ -43,7 +61,14 @@ class Entry:
         shape: of the leaf.
         dtype: of the leaf.
         layout: what is done to the tensor, in words: `(out, in) -> (in, out)`.
-        matched: why these names: `same name`, a rule, `only one that fits`, `numbered alike`.
+        matched: why these names: `same name`, `only one that fits`, the rule in words, ...
+
+    Example:
+        >>> import numpy as np, jaxgrad as jg
+        >>> params = {"fc": {"kernel": np.zeros((3, 2))}}
+        >>> entry = jg.torch.match(params, {"fc.weight": np.zeros((2, 3))}).entries[0]
+        >>> entry.path, entry.sources, entry.layout
+        ('fc/kernel', ('fc.weight',), '(out, in) -> (in, out)')
     """
 
     path: str

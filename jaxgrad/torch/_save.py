@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxgrad.torch import _decide, _layouts, _names, _write
-from jaxgrad.torch._flax import GATES, Layer, Tree, read_tree
+from jaxgrad.torch._flax import Layer, Tree, read_tree
 from jaxgrad.torch._layouts import Part
 from jaxgrad.torch._match import Match
 from jaxgrad.torch._names import Group, Rules
@@ -186,7 +186,7 @@ def _separate(layer: Layer) -> bool:
 def _default_names(layer: Layer) -> dict[str, str]:
     """Names below the module to full names, as PyTorch's own layer of this type has them."""
     module, suffix = layer.name, ""
-    if layer.kind in GATES and layer.path != layer.name:  # in an `nnx.RNN`: a whole torch.nn.LSTM
+    if layer.sequence:  # a whole torch.nn.LSTM, not a torch.nn.LSTMCell
         suffix = "_l0"
         if module.rpartition("/")[2] == "reverse":
             module, suffix = module.removesuffix("reverse").rstrip("/"), "_l0_reverse"

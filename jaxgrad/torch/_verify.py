@@ -26,6 +26,11 @@ class Comparison:
         max_error: the largest absolute difference.
         scale: the largest absolute value among the recorded outputs.
         at: the index (with a path before it, in a tree of outputs) of the largest difference.
+
+    Example:
+        >>> import jaxgrad as jg
+        >>> print(jg.torch.Comparison(max_error=2e-7, scale=3.1, at="[0, 4]"))
+        max error 2e-07 at [0, 4], outputs up to 3.1
     """
 
     max_error: float
@@ -122,9 +127,10 @@ def _compare(outputs: Any, expected: Any, atol: float, rtol: float) -> Compariso
         wide = np.complex128 if np.iscomplexobj(a) or np.iscomplexobj(b) else np.float64
         a, b = a.astype(wide), b.astype(wide)
         equal = (a == b) | (np.isnan(a) & np.isnan(b))
-        error = np.where(equal, 0.0, np.abs(a - b))
-        error = np.where(np.isnan(error), np.inf, error)
-        over += int(np.sum(error > atol + rtol * np.abs(b)))
+        with np.errstate(invalid="ignore"):  # inf - inf is no number, and so no small error
+            error = np.where(equal, 0.0, np.abs(a - b))
+            error = np.where(np.isnan(error), np.inf, error)
+            over += int(np.sum(~(error <= atol + rtol * np.where(np.isfinite(b), np.abs(b), 0))))
         total += error.size
         if error.size and (worst.at.startswith("nowhere") or error.max() > worst.max_error):
             index = np.unravel_index(int(error.argmax()), error.shape)

@@ -1,6 +1,9 @@
 """Whole models and single layers, mapped from files that PyTorch wrote: outputs are PyTorch's."""
 
 import functools
+import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import flax.linen as nn
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import jaxgrad as jg
 import jaxgrad.torch as jt
 
 GOLDENS = Path(__file__).parent.parent / "goldens" / "torch_models"
@@ -205,14 +209,21 @@ def test_lenet_linen():
     assert_equal(variables, path, x, y, apply=model.apply, rules=[jt.Rule("fc1", flatten=6)])
 
 
+RESNET_RULES = [
+    *((f"layer{i}.*.downsample", f"stages/{i - 1}/*/shortcut") for i in (2, 3, 4)),
+    *((f"layer{i}", f"stages/{i - 1}") for i in (1, 2, 3, 4)),
+]
+
+
+def assert_resnet_equal(source, x, y):
+    model = jt.load_into(abstract(ResNet18), source, rules=RESNET_RULES)
+    model.eval()
+    assert_equal(model, None, x, y, apply=jax.jit(lambda model, x: model(x)))
+
+
 def test_resnet18():
     """Rules say what only the author knows; stem, its norm and head are the only ones that fit."""
-    rules = [(f"layer{i}.*.downsample", f"stages/{i - 1}/*/shortcut") for i in (2, 3, 4)]
-    rules += [(f"layer{i}", f"stages/{i - 1}") for i in (1, 2, 3, 4)]
-    model = jt.load_into(abstract(ResNet18), GOLDENS / "resnet18.pt", rules=rules)
-    model.eval()
-    _, x, y = golden("resnet18")
-    assert_equal(model, None, x, y, apply=jax.jit(lambda model, x: model(x)))
+    assert_resnet_equal(*golden("resnet18"))
 
 
 def test_encoder():
@@ -283,6 +294,13 @@ WITH_TRANSPOSE_KERNEL = {
 }
 
 
+IMAGES = [
+    name
+    for name in LAYERS
+    if name.startswith(("conv", "grouped", "transposed", "batchnorm", "groupnorm"))
+]
+
+
 def one_layer(name):
     everything = jt.read(GOLDENS / "layers.pt").tensors
     tensors = {
@@ -290,7 +308,7 @@ def one_layer(name):
     }
     with np.load(GOLDENS / "layers.npz") as recorded:
         x, y = recorded[f"{name}.x"], recorded[f"{name}.y"]
-    if name.startswith(("conv", "grouped", "transposed", "batchnorm", "groupnorm")):
+    if name in IMAGES:
         x, y = (np.moveaxis(z, 1, -1) for z in (x, y))
     return tensors, jnp.asarray(x), jnp.asarray(y)
 
@@ -312,7 +330,10 @@ def test_layer_back_to_pytorch(name):
     """What goes in comes out; two summed biases come back as their sum and zeros."""
     tensors, _, _ = one_layer(name)
     report = jt.match(made(name, LAYERS), tensors)
-    back = jt.to_torch(report.apply(), like=report)
+    model = report.apply()
+    state = nnx.state(model, nnx.Not(nnx.RngState))
+    assert [entry.path for entry in report.entries] == jg.paths(state)
+    back = jt.to_torch(model, like=report)
     assert back.keys() == tensors.keys() - report.dropped.keys()
     for key, x in back.items():
         if name in ("lstm", "bilstm", "rnn") and "bias" in key:
@@ -320,11 +341,7 @@ def test_layer_back_to_pytorch(name):
         else:
             np.testing.assert_array_equal(x, tensors[key], strict=True)
     again = jt.load_into(made(name, LAYERS), back)
-    for a, b in zip(
-        jax.tree.leaves(nnx.state(again)), jax.tree.leaves(nnx.state(report.apply())), strict=True
-    ):
-        if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            np.testing.assert_array_equal(a, b, strict=True)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(again, nnx.Not(nnx.RngState)), state)
 
 
 LINEN_CELLS = {
@@ -347,3 +364,77 @@ def test_linen_attention():
     tensors, x, y = one_layer("attention")
     model = nn.MultiHeadDotProductAttention(num_heads=2)
     assert_equal(jax.eval_shape(model.init, jax.random.key(0), x), tensors, x, y, apply=model.apply)
+
+
+# The same with PyTorch at hand: other values, other sizes of input.
+
+
+@pytest.fixture(scope="module")
+def maker():
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(7)
+    spec = importlib.util.spec_from_file_location("maker", GOLDENS / "make_torch_models.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def live(maker, model, x):
+    """A model's tensors, an input and PyTorch's output, as the goldens give them."""
+    maker.unsettle(model)
+    tensors = {name: value.numpy() for name, value in model.state_dict().items()}
+    return tensors, channels_last(x.numpy()), channels_last(maker.output(model, x))
+
+
+@pytest.mark.torch
+def test_lenet_live(maker):
+    source, x, y = live(maker, maker.LeNet(), maker.torch.randn(2, 1, 12, 16))
+    assert_equal(abstract(LeNet), source, x, y, rules=[jt.Rule("fc1", flatten=6)])
+
+
+@pytest.mark.torch
+def test_resnet18_live(maker):
+    assert_resnet_equal(*live(maker, maker.ResNet18(), maker.torch.randn(2, 3, 64, 33)))
+
+
+@pytest.mark.torch
+def test_encoder_live(maker):
+    layer = maker.nn.TransformerEncoderLayer(16, 2, 24, batch_first=True, activation="gelu")
+    model = maker.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    assert_equal(abstract(Encoder), *live(maker, model, maker.torch.randn(3, 9, 16)))
+
+
+@pytest.mark.torch
+def test_lstm_live(maker):
+    x = maker.torch.randint(11, (2, 4))
+    assert_equal(SequenceClassifier(nnx.Rngs(0)), *live(maker, maker.SequenceClassifier(), x))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_live(maker, name):
+    layer, x = maker.layers()[name]
+    tensors = {key: value.numpy() for key, value in maker.unsettle(layer).state_dict().items()}
+    x, y = x.numpy(), maker.output(layer, x)
+    if name in IMAGES:
+        x, y = (np.moveaxis(z, 1, -1) for z in (x, y))
+    assert_equal(made(name, LAYERS), tensors, jnp.asarray(x), jnp.asarray(y))
+
+
+def test_nothing_needs_pytorch(tmp_path):
+    """All of it in a process in which `import torch` fails."""
+    code = f"""
+import sys
+sys.modules["torch"] = None
+import jaxgrad.torch as jt
+model = jt.from_module({str(GOLDENS / "mlp.pt")!r})
+report = jt.match(model, {str(GOLDENS / "mlp.pt")!r})
+jt.save_torch(report.apply(), {str(tmp_path / "mlp.pt")!r}, like=report)
+assert not [name for name in sys.modules if name.startswith("torch.")]
+print(*jt.read({str(tmp_path / "mlp.pt")!r}).tensors)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    names = [f"fc{i}.{kind}" for i in (1, 2, 3) for kind in ("weight", "bias")]
+    assert ran.stdout.split() == names

@@ -260,14 +260,14 @@ def test_missing_and_left_over():
     )
     assert message.startswith("the mapping does not fit the parameters: 4 problems")
     assert (
-        "missing:\n  'head/bias' float32[3]: the file has no 'head.bias'; nearest: 'heads.bias' "
+        "  'head/bias' float32[3]: the file has no 'head.bias'; nearest: 'heads.bias' "
         "float32[3]" in message
     )
     assert (
         "  'head/kernel' float32[2,3]: the file has no 'head.weight'; nearest: 'heads.weight' "
         "float32[3,3]" in message
     )
-    assert "left over:\n  'heads.weight' float32[3,3]: nearest unfilled: 'head" in message
+    assert "left over:\n  'heads.weight' float32[3,3]: nearest unfilled: 'head/kernel'" in message
     assert 'rules=[("<PyTorch name>", "<Flax path>")]' in message
     assert 'partial="<Flax path>/**"' in message
 
@@ -381,3 +381,23 @@ def test_what_is_no_source():
 
 def test_nothing_to_fill_and_nothing_to_fill_with():
     assert jt.load_into({}, {}) == {}
+
+
+def test_many_problems_are_summed_up_and_found_quickly():
+    params = {f"a{i}x": {"kernel": np.zeros((2, 3), np.float32)} for i in range(3000)}
+    source = {f"b{i}y.weight": tensor(3, 2) for i in range(2999)}
+    message = refused(params, source)
+    assert message.startswith("the mapping does not fit the parameters: 5999 problems")
+    assert "\n  and 2960 more\n" in message and len(message.splitlines()) < 100
+
+
+def test_parameters_beside_a_layers_own():
+    """Attention with normalised queries has a LayerNorm inside, whose leaves are a layer too."""
+    model = nnx.eval_shape(
+        lambda: nnx.MultiHeadAttention(1, 2, normalize_qk=True, rngs=nnx.Rngs(0))
+    )
+    source = {"in_proj_weight": tensor(6, 2), "in_proj_bias": tensor(6)}
+    source |= {"out_proj.weight": tensor(2, 2), "out_proj.bias": tensor(2)}
+    source |= {"query_ln.weight": tensor(2), "key_ln.weight": tensor(2)}
+    report = jt.match(model, source)
+    assert sources(report)["query_ln/scale"] == ("query_ln.weight",)
