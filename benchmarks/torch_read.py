@@ -88,7 +88,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     repeats = parser.parse_args().repeats
     with tempfile.TemporaryDirectory() as folder:
-        for name, make in (("big", big_state_dict), ("small", many_small), ("module", whole_module)):
+        for name, make in (
+            ("big", big_state_dict),
+            ("small", many_small),
+            ("module", whole_module),
+        ):
             path = pathlib.Path(folder, f"{name}.pt")
             torch.save(make(), path)
             compare(path, name != "module", repeats)

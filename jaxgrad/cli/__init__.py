@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         import tyro
 
+        from jaxgrad.cli.convert import Convert
         from jaxgrad.cli.finetune import Finetune
         from jaxgrad.cli.inspect import Inspect
         from jaxgrad.cli.predict import Predict
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "pretrain": Pretrain,
         "predict": Predict,
         "inspect": Inspect,
+        "convert": Convert,
     }
     command = tyro.extras.subcommand_cli_from_dict(
         commands, prog="jaxgrad", description=_DESCRIPTION, args=argv

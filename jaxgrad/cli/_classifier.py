@@ -1,7 +1,7 @@
-"""The classifier that the commands train: its data, its loss, and its way to disk and back."""
+"""The classifier that the commands train: its loss, and its way to disk and back."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,29 @@ import optax
 
 import jaxgrad as jg
 from jaxgrad import data
+from jaxgrad._select import flatten
 
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A model as its pure function and parameters, and what it takes to build it again."""
+    """A model as its pure function and parameters, and what it takes to build it again.
+
+    Attributes:
+        apply: the model; in training, too, it is used in inference mode.
+        params: its parameters.
+        config: how it is built, in words that JSON has.
+        shape: the shape of one input.
+    """
 
     apply: jg.Apply
     params: Any
     config: Mapping[str, Any]
+    shape: tuple[int, ...]
 
     @classmethod
     def create(cls, hidden: Sequence[int], features: int, classes: int, seed: int) -> "Classifier":
+        """The MLP of `jaxgrad pretrain`."""
         from flax import nnx
-
-        from jaxgrad.models import MLP
 
         config = {
             "model": "mlp",
@@ -34,29 +42,75 @@ class Classifier:
             "features": int(features),
             "classes": int(classes),
         }
-        apply, params = jg.functional(MLP(features, hidden, classes, rngs=nnx.Rngs(seed)))
-        return cls(apply, params, config)
+        model = jg.models.MLP(features, hidden, classes, rngs=nnx.Rngs(seed))
+        return cls(*jg.functional(model), config, (features,))
 
     @classmethod
-    def load(cls, path: Path) -> "Classifier":
-        config = jg.inspect(path).config
-        if config.get("model") != "mlp":
+    def from_torch(cls, source: "jg.torch.Checkpoint", forward: Sequence[str]) -> "Classifier":
+        """The model of a whole-module file, with images as inputs."""
+        apply, params = jg.functional(
+            jg.torch.from_module(source, forward=_steps(source, forward) or None)
+        )
+        shape, classes = _image_shape(apply, params)
+        assert source.module is not None  # from_module has seen to it
+        config = {
+            "model": "torch",
+            "module": _plain(source.module),
+            "forward": list(forward),
+            "features": int(np.prod(shape)),
+            "classes": classes,
+        }
+        return cls(apply, params, config, shape)
+
+    @classmethod
+    def load(cls, path: Path, forward: Sequence[str] = ()) -> "Classifier":
+        """A model that a command saved, or that a PyTorch file holds."""
+        if path.is_file():
+            return cls.from_torch(jg.torch.read(path), forward)
+        info = jg.inspect(path)
+        kind = info.config.get("model")
+        if kind == "mlp":
+            blank = cls.create(
+                info.config["hidden"], info.config["features"], info.config["classes"], seed=0
+            )
+            return dataclasses.replace(blank, params=jg.load(path, into=blank.params))
+        if kind != "torch":
             raise jg.CheckpointError(
                 f"'{path}' was not saved by `jaxgrad pretrain` or `jaxgrad finetune`, so how to "
                 "build its model is not known."
             )
-        blank = cls.create(config["hidden"], config["features"], config["classes"], seed=0)
-        return dataclasses.replace(blank, params=jg.load(path, into=blank.params))
+        tensors = jg.torch.to_torch(read_tree(path))
+        module = _module(info.config["module"])
+        source = jg.torch.Checkpoint(path, "orbax", tensors, module=module)
+        return cls.from_torch(source, info.config["forward"])
+
+    def save(
+        self, path: Path, params: Any, trained: Sequence[str], *, overwrite: bool, **record: Any
+    ) -> None:
+        """Saves parameters and statistics, and what `load` needs."""
+        tree = _joined(params, self.apply.stats)
+        config = {**self.config, **record}
+        wrt = (lambda p, _: p in trained) if trained else None
+        jg.save(path, tree, wrt=wrt, config=config, overwrite=overwrite)
+
+    def logits(self, params: Any, images: Any) -> jax.Array:
+        """The outputs for images of any layout that has the right number of pixels."""
+        return self.apply(params, images.reshape(-1, *self.shape))
 
     def loss(self, params: Any, batch: data.Dataset) -> jax.Array:
-        logits = self.apply(params, batch["image"])
+        """Mean cross entropy."""
+        logits = self.logits(params, batch["image"])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
-    def accuracy(self, params: Any, rows: data.Dataset) -> float:
-        right = jax.jit(self.apply)(params, jnp.asarray(rows["image"])).argmax(1) == rows["label"]
-        return float(np.asarray(right).mean())
+    def predict(self, params: Any, images: np.ndarray) -> np.ndarray:
+        """Probabilities, `float32[rows, classes]`."""
+        return np.asarray(jax.nn.softmax(jax.jit(self.logits)(params, jnp.asarray(images))))
 
-    def trained_on(self, rows: data.Dataset) -> None:
+    def accuracy(self, params: Any, rows: data.Dataset) -> float:
+        """The share of rows whose likeliest class is their label."""
+        return float((self.predict(params, rows["image"]).argmax(1) == rows["label"]).mean())
+
+    def check(self, rows: data.Dataset) -> None:
         """Refuses rows that the model has no input or no output for."""
         features, top = rows["image"][0].size, int(rows["label"].max())
         if features != self.config["features"] or top >= self.config["classes"]:
@@ -66,28 +120,75 @@ class Classifier:
             )
 
 
-def splits(path: Path | None, classes: Sequence[int]) -> data.Splits:
-    """The embedded digits, or the files that the user names."""
-    return data.digits(classes) if path is None else data.mnist(path, classes)
+def read_tree(path: Path) -> dict[str, Any]:
+    """All arrays of a checkpoint, as nested dicts of their paths."""
+    return jg.load(path, into=_nest(jg.inspect(path).leaves))
 
 
-def table(title: str, leaves: Mapping[str, Any], trained: Callable[[str], bool]) -> Any:
-    """Paths, shapes, dtypes and bytes, what is trained in bold."""
-    from rich.table import Table
+def _joined(params: Any, stats: Any) -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for flat in map(flatten, (params, stats)):
+        leaves |= dict(zip(flat.paths, flat.leaves, strict=True))
+    return _nest(leaves)
 
-    from jaxgrad._messages import nbytes, numel, size
 
-    shown = Table("path", "shape", "dtype", "bytes", "", title=title, title_justify="left")
-    shown.columns[1].justify = shown.columns[3].justify = "right"
-    total = {True: [0, 0], False: [0, 0]}
-    for path, leaf in leaves.items():
-        is_trained = trained(path)
-        total[is_trained][0] += numel(leaf)
-        total[is_trained][1] += nbytes(leaf)
-        style = "bold green" if is_trained else "dim"
-        shape = " x ".join(map(str, leaf.shape))
-        words = "trained" if is_trained else "frozen"
-        shown.add_row(path, shape, str(leaf.dtype), size(nbytes(leaf)), words, style=style)
-    both = [f"{total[t][0]:,} {w}" for t, w in ((True, "trained"), (False, "frozen"))]
-    shown.caption = f"{' and '.join(both)}, {size(total[True][1] + total[False][1])}"
-    return shown
+def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    from flax.traverse_util import unflatten_dict
+
+    return unflatten_dict(dict(leaves), sep="/")
+
+
+def _steps(source: "jg.torch.Checkpoint", forward: Sequence[str]) -> list[Any]:
+    """Names of layers as they are, names of functions of `jax.nn` as the functions."""
+    names = source.module.children if source.module else {}
+    steps: list[Any] = []
+    for name in forward:
+        if name.partition(".")[0] in names:
+            steps.append(name)
+        elif name == "flatten":
+            steps.append(jg.torch.Flatten())
+        elif hasattr(jax.nn, name):
+            steps.append(getattr(jax.nn, name))
+        else:
+            raise ValueError(
+                f"--forward {name}: neither a layer of the module ({', '.join(names)}), nor "
+                "flatten, nor a function of jax.nn."
+            )
+    return steps
+
+
+def _image_shape(apply: jg.Apply, params: Any) -> tuple[tuple[int, ...], int]:
+    """The layout of a 28 x 28 image that the model takes, and how many classes it tells apart."""
+    for shape in ((784,), (28, 28, 1), (28, 28)):
+        image = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+        try:
+            out = jax.eval_shape(apply, params, image)
+        except (TypeError, ValueError):  # what a layer says to an input of another shape
+            continue
+        if out.ndim == 2 and out.shape[0] == 2:
+            return shape, out.shape[1]
+    raise data.DataError(
+        "the module does not classify images of 28 x 28: it takes neither [rows, 784], nor "
+        "[rows, 28, 28, 1], nor [rows, 28, 28], to [rows, classes]."
+    )
+
+
+def _plain(module: "jg.torch.Module") -> dict[str, Any]:
+    """The structure of a module as JSON has it; `_module` is the way back."""
+    return {
+        "cls": module.cls,
+        "config": {k: list(v) if isinstance(v, tuple) else v for k, v in module.config.items()},
+        "children": {name: _plain(child) for name, child in module.children.items()},
+        "parameters": list(module.parameters),
+        "buffers": list(module.buffers),
+    }
+
+
+def _module(plain: Mapping[str, Any]) -> "jg.torch.Module":
+    return jg.torch.Module(
+        plain["cls"],
+        {k: tuple(v) if isinstance(v, list) else v for k, v in plain["config"].items()},
+        {name: _module(child) for name, child in plain["children"].items()},
+        tuple(plain["parameters"]),
+        tuple(plain["buffers"]),
+    )

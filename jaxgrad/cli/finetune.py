@@ -1,8 +1,9 @@
 """`jaxgrad finetune`: freeze a model but for a part, and re-train that."""
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -10,8 +11,10 @@ import optax
 import tyro
 
 import jaxgrad as jg
-from jaxgrad.cli import _classifier
-from jaxgrad.cli.pretrain import Pretrain
+from jaxgrad import data
+from jaxgrad.cli._classifier import Classifier
+from jaxgrad.cli._table import table
+from jaxgrad.cli.pretrain import Pretrain, digits_or_files
 
 _PRETRAINED = Path("runs/pretrained")
 
@@ -20,18 +23,24 @@ _PRETRAINED = Path("runs/pretrained")
 class Finetune:
     """Freeze a pretrained model but for its head, and re-train that on other digits.
 
-    What is trained is said by patterns over the paths of the parameters: --train "head/**" is
-    the default, --train "head/**" "layers/2/**" trains the last hidden layer too, and
-    --train "**/bias" all biases. `jaxgrad inspect MODEL` lists the paths. Everything else is
-    frozen: no gradient, no optimizer state, and the same bits afterwards.
+    What is trained is said by patterns over the paths of the parameters: --train "head/**" trains
+    the head, --train "head/**" "layers/2/**" the last hidden layer too, and --train "**/bias" all
+    biases. `jaxgrad inspect MODEL` lists the paths. Everything else is frozen: no gradient, no
+    optimizer state, and the same bits afterwards.
+
+    --from also takes a PyTorch file that holds a whole module (mnist_model.pt), without PyTorch
+    and without running its code. Where the file can't tell how the layers run, say it:
+    --forward flatten fc1 relu fc2 relu fc3, with layers by name and functions of jax.nn.
     """
 
     source: Annotated[Path | None, tyro.conf.arg(name="from", metavar="PATH")] = None
     """The pretrained model. Without it runs/pretrained, made by `jaxgrad pretrain` if missing."""
     out: Path = Path("runs/finetuned")
     """Directory to save the model in. An earlier model of that name is replaced."""
-    train: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATTERN ...")] = ("head/**",)
-    """Patterns of the parameters to train; "!pattern" excludes."""
+    train: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATTERN ...")] = ()
+    """Patterns of the parameters to train; "!pattern" excludes. By default the last layer."""
+    forward: Annotated[tuple[str, ...], tyro.conf.arg(metavar="STEP ...")] = ()
+    """How the layers of a PyTorch file run, where that can't be known."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """MNIST or Fashion-MNIST: a directory with the four IDX files, or an .npz file."""
     classes: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...")] = (5, 6, 7, 8, 9)
@@ -51,22 +60,25 @@ class Finetune:
         """Loads, re-trains, reports and saves."""
         from rich.console import Console
 
-        if not self.train or self.epochs < 1:
-            raise ValueError("fine-tuning takes a --train pattern and --epochs of 1 or more.")
-        console = Console()
+        if self.epochs < 1:
+            raise ValueError(f"--epochs {self.epochs}; it must be 1 or more.")
+        console = Console(soft_wrap=True)
         source = self.source or _PRETRAINED
         if self.source is None and not source.exists():
             Pretrain(data=self.data, seed=self.seed).run()
-        model = _classifier.Classifier.load(source)
-        train, test = _classifier.splits(self.data, self.classes)
-        model.trained_on(train)
+        model = Classifier.load(source, self.forward)
+        train, test = digits_or_files(self.data, self.classes)
+        model.check(train)
+        if source.is_file():
+            seen = model.predict(model.params, data.noise(12, seed=self.seed)["image"]).argmax(1)
+            console.print(f"Predictions on noise: {' '.join(map(str, seen))}")
 
         sgd = optax.sgd(self.learning_rate, momentum=self.momentum)
-        tx = jg.param_groups([(list(self.train), sgd)])
+        tx = jg.param_groups([(list(self.train or [_last_layer(model)]), sgd)])
         assignment = tx.assign(model.params)
+        (trained,) = assignment.groups.values()
         leaves = dict(zip(jg.paths(model.params), jax.tree.leaves(model.params), strict=True))
-        is_frozen = assignment.frozen.__contains__
-        console.print(_classifier.table(f"{source}", leaves, lambda path: not is_frozen(path)))
+        console.print(table(str(source), leaves, trained))
 
         before = model.accuracy(model.params, test)
         state = jg.fit(
@@ -79,7 +91,7 @@ class Finetune:
             key=jax.random.key(self.seed),
         )
         after = model.accuracy(state.params, test)
-        losses = [rows.mean() for rows in np.array_split(state.losses, self.epochs)]
+        losses = [steps.mean() for steps in np.array_split(state.losses, self.epochs)]
         console.print(
             f"Trained on {len(train['label']):,} rows, labels {' '.join(map(str, self.classes))}: "
             f"mean loss {losses[0]:.3f} in the first epoch, {losses[-1]:.3f} in epoch {self.epochs}"
@@ -88,11 +100,26 @@ class Finetune:
             f"Accuracy on {len(test['label']):,} other rows: "
             f"[bold]{before:.1%}[/] before, [bold]{after:.1%}[/] after"
         )
-        jg.save(
+        model.save(
             self.out,
             state.params,
-            wrt=assignment.wrt,
-            config={**model.config, "accuracy": after, "trained_on": list(self.classes)},
+            list(trained),
             overwrite=True,
+            accuracy=after,
+            trained_on=list(self.classes),
         )
         console.print(f"Saved in {self.out}")
+
+
+def _last_layer(model: Classifier) -> str:
+    """The pattern of our models' head, or of the last layer of another's that has parameters."""
+    if model.config["model"] == "mlp":
+        return "head/**"
+    owners = {path.rpartition("/")[0] for path in jg.paths(model.params)}
+    return [layer for layer in _layers(model.config["module"]) if layer in owners][-1] + "/**"
+
+
+def _layers(module: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    for name, child in module["children"].items():
+        yield f"{path}{name}"
+        yield from _layers(child, f"{path}{name}/")

@@ -1,4 +1,4 @@
-"""`jaxgrad inspect`: what is in a checkpoint."""
+"""`jaxgrad inspect`: what is in a checkpoint or a PyTorch file."""
 
 import dataclasses
 from pathlib import Path
@@ -6,26 +6,44 @@ from pathlib import Path
 import tyro
 
 import jaxgrad as jg
-from jaxgrad.cli import _classifier
+from jaxgrad.cli._table import table
 
 
 @dataclasses.dataclass(frozen=True)
 class Inspect:
     """List the paths, shapes, dtypes and bytes of a checkpoint, and which parts were trained.
 
-    The paths are what the patterns of `jaxgrad finetune --train` match. Any tree that Orbax
-    saved can be looked at; its arrays are not read.
+    The paths are what the patterns of `jaxgrad finetune --train` match. A directory is a
+    checkpoint: of jaxgrad, or any tree that Orbax saved. A file is PyTorch's (.pt, .pth, .bin,
+    .safetensors, or the .index.json of a sharded model): read without PyTorch, and without
+    running the code that such a file may hold. Arrays are not read.
     """
 
     path: tyro.conf.Positional[Path]
-    """The directory of the checkpoint."""
+    """The directory or the file."""
 
     def run(self) -> None:
         """Prints the table."""
         from rich.console import Console
 
-        info = jg.inspect(self.path)
         console = Console()
-        console.print(_classifier.table(str(self.path), info.leaves, info.trained.__contains__))
+        if self.path.is_file():
+            self._torch(console)
+            return
+        info = jg.inspect(self.path)
+        console.print(table(str(self.path), info.leaves, info.trained))
         for name, value in info.config.items():
-            console.print(f"{name}: {value}")
+            if name != "module":  # a page of structure, for the computer
+                console.print(f"{name}: {value}")
+
+    def _torch(self, console) -> None:
+        file = jg.torch.read(self.path)
+        console.print(table(f"{self.path} ({file.format})", file.tensors, None))
+        for names in file.tied:
+            console.print(f"tied: {' = '.join(names)}", markup=False)
+        for name, value in file.values.items():
+            console.print(f"{name}: {value!r}", markup=False)
+        for name, cls in file.opaque.items():
+            console.print(f"{name}: not read ({cls})", markup=False)
+        for name, module in file.modules.items():
+            console.print(f"{name + ': ' if name else ''}{module!r}", markup=False)

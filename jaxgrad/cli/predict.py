@@ -5,13 +5,11 @@ import math
 from pathlib import Path
 from typing import Annotated
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
 from jaxgrad import data
-from jaxgrad.cli import _classifier
+from jaxgrad.cli._classifier import Classifier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +23,9 @@ class Predict:
     files: tyro.conf.Positional[tuple[Path, ...]]
     """Images or arrays."""
     source: Annotated[Path, tyro.conf.arg(name="from")] = Path("runs/finetuned")
-    """The model, as saved by `jaxgrad finetune` or `jaxgrad pretrain`."""
+    """The model, as saved by `jaxgrad finetune` or `pretrain`, or a PyTorch file of a module."""
+    forward: Annotated[tuple[str, ...], tyro.conf.arg(metavar="STEP ...")] = ()
+    """How the layers of a PyTorch file run, where that can't be known; see `finetune`."""
     invert: bool = False
     """Take dark for light and light for dark."""
 
@@ -36,14 +36,13 @@ class Predict:
 
         if not self.files:
             raise data.DataError("name at least one image or array file.")
-        model = _classifier.Classifier.load(self.source)
+        model = Classifier.load(self.source, self.forward)
         side = math.isqrt(model.config["features"])
         images = {file: _read(file, side) for file in self.files}
         table = Table("file", "row", "digit", "probability")
         for file, rows in images.items():
             rows = 1 - rows if self.invert else rows
-            probabilities = np.asarray(jax.nn.softmax(model.apply(model.params, jnp.asarray(rows))))
-            for i, row in enumerate(probabilities):
+            for i, row in enumerate(model.predict(model.params, rows)):
                 table.add_row(str(file), str(i), str(row.argmax()), f"{row.max():.1%}")
         Console().print(table)
 

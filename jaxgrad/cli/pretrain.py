@@ -9,7 +9,8 @@ import optax
 import tyro
 
 import jaxgrad as jg
-from jaxgrad.cli import _classifier
+from jaxgrad import data
+from jaxgrad.cli._classifier import Classifier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +46,11 @@ class Pretrain:
         """Trains, reports and saves."""
         from rich.console import Console
 
-        console = Console()
-        train, test = _classifier.splits(self.data, self.classes)
+        console = Console(soft_wrap=True)
+        train, test = digits_or_files(self.data, self.classes)
         outputs = max(10, *(c + 1 for c in self.classes))
         pixels = train["image"][0].size
-        model = _classifier.Classifier.create(self.hidden, pixels, outputs, self.seed)
+        model = Classifier.create(self.hidden, pixels, outputs, self.seed)
         console.print(
             f"Pretraining on {len(train['label']):,} rows, labels "
             f"{' '.join(map(str, self.classes))}, for {self.epochs} epochs."
@@ -65,11 +66,17 @@ class Pretrain:
         )
         accuracy = model.accuracy(state.params, test)
         console.print(f"Accuracy on {len(test['label']):,} other rows: [bold]{accuracy:.1%}[/]")
-        jg.save(
+        model.save(
             self.out,
             state.params,
-            wrt="**",
-            config={**model.config, "accuracy": accuracy, "trained_on": list(self.classes)},
+            jg.paths(state.params),
             overwrite=self.overwrite,
+            accuracy=accuracy,
+            trained_on=list(self.classes),
         )
         console.print(f"Saved in {self.out}")
+
+
+def digits_or_files(path: Path | None, classes: tuple[int, ...]) -> data.Splits:
+    """The embedded digits, or the files that the user names."""
+    return data.digits(classes) if path is None else data.mnist(path, classes)

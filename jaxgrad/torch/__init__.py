@@ -13,6 +13,7 @@ from jaxgrad.torch._read import read as read
 from jaxgrad.torch._report import Entry as Entry
 from jaxgrad.torch._report import MappingError as MappingError
 from jaxgrad.torch._report import Report as Report
+from jaxgrad.torch._save import save_tensors as save_tensors
 from jaxgrad.torch._save import save_torch as save_torch
 from jaxgrad.torch._save import to_torch as to_torch
 from jaxgrad.torch._verify import Comparison as Comparison

@@ -5,7 +5,7 @@ names and layouts of the original file; without one, names are the Flax paths wi
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,32 @@ def save_torch(
 
     Source: `torch.save(model.state_dict(), path)`.
     """
+    save_tensors(to_torch(params, like=like, rules=rules), path)
+
+
+def save_tensors(tensors: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes tensors, names and layouts as they are, as a state dict or a safetensors file.
+
+    Args:
+        tensors: arrays by PyTorch's names, as `read` and `to_torch` give them.
+        path: as in `save_torch`.
+
+    Raises:
+        MappingError: the suffix is unknown, or the format holds no such dtype.
+
+    Example:
+        >>> import numpy as np, jaxgrad as jg, tempfile, os
+        >>> path = os.path.join(tempfile.mkdtemp(), "fc.safetensors")
+        >>> jg.torch.save_tensors({"fc.weight": np.ones((2, 3), np.float32)}, path)
+        >>> jg.torch.read(path).tensors["fc.weight"].shape
+        (2, 3)
+
+    Source: `torch.save(state_dict, path)`.
+    """
     path = Path(path)
     kind = _FORMATS.get(path.suffix)
     if kind is None:
         raise MappingError(f"{path.name!r} should end in one of {', '.join(_FORMATS)}")
-    tensors = to_torch(params, like=like, rules=rules)
     for name, x in tensors.items():
         if x.dtype.name not in _write.DTYPES[kind]:
             raise MappingError(f"{_names.describe(name, x)}: a {kind} file holds no {x.dtype}")
