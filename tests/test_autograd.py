@@ -111,6 +111,29 @@ def test_ten_steps_of_sgd_with_momentum(x64):
     np.testing.assert_array_equal(apply(params, data).argmax(1), g["argmax"])
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("seed", range(5))
+def test_backward_is_pytorchs(x64, seed):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(seed)
+    arrays = {name: rng.normal(size=shape) for name, shape in (("a", (3, 4)), ("b", (4, 2)))}
+    gradient = rng.normal(size=(3, 2))
+    tensors = {name: torch.tensor(array, requires_grad=True) for name, array in arrays.items()}
+    out = torch.tanh(tensors["a"] @ tensors["b"]) * tensors["a"].exp().sum(1, keepdim=True)
+    out.backward(gradient=torch.tensor(gradient))
+
+    def fun(t):
+        return jnp.tanh(t["a"] @ t["b"]) * jnp.exp(t["a"]).sum(1, keepdims=True)
+
+    params = jax.tree.map(jnp.asarray, arrays)
+    value, grads = jg.backward(fun, params, gradient=gradient)
+    np.testing.assert_allclose(value, out.detach(), rtol=1e-12)
+    for name, tensor in tensors.items():
+        np.testing.assert_allclose(grads[name], tensor.grad, rtol=1e-11)
+        alone = jg.backward(fun, params, gradient=gradient, wrt=name)[1]
+        np.testing.assert_allclose(alone[name], tensor.grad, rtol=1e-11)
+
+
 # One loss over every kind of model.
 
 
