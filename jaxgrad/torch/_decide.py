@@ -1,4 +1,4 @@
-"""What names and shapes leave open about a pair of layers: its type, and a flatten before it.
+"""What names and shapes leave open about a pair of layers: type, settings, a flatten before it.
 
 Both directions decide here, filling a Flax tree and writing a PyTorch file, from the same evidence
 and with the same refusals.
@@ -6,6 +6,7 @@ and with the same refusals.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jaxgrad.torch import _flatten, _layouts
 from jaxgrad.torch._flatten import Step
@@ -25,6 +26,8 @@ def typed(found: Match, told: str | None, shapes: Mapping[str, Shape]) -> Layer 
         shapes: of the file's tensors by name; empty if the file is yet to be written.
     """
     layer, group, _ = found
+    if group.layer == "same" and layer.kind in ("linear", "conv", "conv_transpose"):
+        return dataclasses.replace(layer, kind="same")
     if not layer.kind.endswith("?"):
         if told is None or _compatible(layer.kind, told):
             return layer
@@ -48,6 +51,20 @@ def typed(found: Match, told: str | None, shapes: Mapping[str, Shape]) -> Layer 
         f"{leaf.path!r} {list(leaf.shape)} and {name!r}{shape}: the layer type can't be told; "
         f"declare it with Rule({module_of(name, group)!r}, layer=...): {choices}",
     )
+
+
+def settings(layer: Layer, config: Mapping[str, Any]) -> Problem | None:
+    """A setting that no tensor shows, and that differs between the file and the Flax model."""
+    ours: dict[str, Any] = {} if layer.epsilon is None else {"eps": layer.epsilon}
+    if layer.kind == "attention":
+        ours["num_heads"] = layer.leaves["query/kernel"].shape[1]
+    for name, value in ours.items():
+        if config.get(name, value) != value:
+            return Problem(
+                "setting",
+                f"{layer.path!r} has {name} {value} in Flax and {config[name]} in the file",
+            )
+    return None
 
 
 def channels(matches: Sequence[Match], tree: Tree) -> tuple[dict[str, int], list[Problem]]:

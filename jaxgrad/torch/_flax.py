@@ -73,6 +73,7 @@ class Layer:
         in_axes: how many axes of a linear kernel are inputs.
         flipped: for `conv_transpose`, whether Flax holds the kernel flipped.
         sequence: for a cell, whether it is the `cell` of an RNN, which runs it over a sequence.
+        epsilon: of a norm, where a module tells.
     """
 
     path: str
@@ -81,6 +82,7 @@ class Layer:
     in_axes: int = 1
     flipped: bool = True
     sequence: bool = False
+    epsilon: float | None = None
 
     def parts(self, *, channels: int = 1, separate: bool = False) -> list[Part]:
         """The parts that fill the leaves; see `_layouts`."""
@@ -98,6 +100,8 @@ class Layer:
                 return _layouts.norm(names, channels=channels)
             case "embedding":
                 return _layouts.embedding(names)
+            case "same":
+                return _layouts.same(names)
             case "attention":
                 return _layouts.attention(names, separate=separate)
             case _:
@@ -197,7 +201,8 @@ class Tree:
             if isinstance(module, nnx.LinearGeneral) and module.batch_axis:
                 continue
             sequence = any(path == (*outer, "cell") for outer in sequences)
-            layer = Layer(here, kind, leaves, axes, flipped, sequence)
+            epsilon = getattr(module, "epsilon", None)
+            layer = Layer(here, kind, leaves, axes, flipped, sequence, epsilon)
             if found := _with_known_leaves(layer):
                 taken |= {leaf.path for leaf in found.leaves.values()}
                 yield found

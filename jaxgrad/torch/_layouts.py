@@ -243,6 +243,11 @@ def embedding(leaves: Sequence[str]) -> list[Part]:
     return [Part(leaf, ("weight",), Same()) for leaf in leaves if leaf == "embedding"]
 
 
+def same(leaves: Sequence[str]) -> list[Part]:
+    """A layer of the user's own that holds its weight as Flax does: GPT-2's `Conv1D`."""
+    return _weight_and_bias(leaves, Same())
+
+
 def attention(leaves: Sequence[str], *, separate: bool = False) -> list[Part]:
     """`torch.nn.MultiheadAttention`; `separate` where keys have their own width (`kdim`)."""
     parts = []

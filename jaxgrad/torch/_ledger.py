@@ -49,6 +49,8 @@ class Ledger:
         channels, problems = _decide.channels(matches, self.tree)
         self.problems += problems
         for layer, group, why in matches:
+            if differs := _decide.settings(layer, self.file.config(group)):
+                self.problems.append(differs)
             parts = layer.parts(
                 channels=channels.get(layer.path, 1), separate="q_proj_weight" in group.tensors
             )
@@ -59,10 +61,10 @@ class Ledger:
             known = {source for part in parts for source in part.sources}
             for short, name in group.tensors.items():
                 if short not in known:
-                    why = f"its layer {layer.path!r} has no leaf for it"
+                    reason = f"its layer {layer.path!r} has no leaf for it"
                     if short.startswith("running_"):
-                        why += "; Linen's are in batch_stats: pass all variables"
-                    self._left_over(name, why)
+                        reason += "; Linen's are in batch_stats: pass all variables"
+                    self._left_over(name, reason)
 
     def account(
         self, layers: Sequence[Layer], groups: Sequence[Group], matches: Sequence[Match]

@@ -39,8 +39,8 @@ class Rule:
             of the pattern matched. None keeps the name.
         drop: the tensors are left out on purpose.
         layer: the layer type, where it can't be told: "linear", "conv", "conv_transpose", "norm",
-            "embedding", or "same" for a parameter of your own that has the same layout on both
-            sides.
+            "embedding"; or "same", for a parameter of your own and for a layer that PyTorch holds
+            as Flax does (GPT-2's `Conv1D` is a linear layer with an (in, out) weight).
         flatten: for the layer behind a flatten of convolutional features: how many channels the
             features have, since PyTorch flattens (channels, height, width) and Flax (height, width,
             channels); or False, where the Flax model itself flattens channels first.

@@ -178,6 +178,7 @@ _ADVICE = {
     "{name: x.astype(dtype) for name, x in read(path).tensors.items()}",
     "layout": "layouts are never guessed from shapes: a square matrix looks the same transposed",
     "layer type": "pair other names by rules, or use the same layer in the Flax model",
+    "setting": "no tensor shows it: build the Flax layer with the setting of the file",
     "flatten": "PyTorch flattens channels first, Flax channels last, and no file says which "
     "features a layer takes",
 }

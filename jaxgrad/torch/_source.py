@@ -45,13 +45,13 @@ class File:
             source = read(source)
         if not isinstance(source, Checkpoint):
             raise MappingError(
-                f"the source is a {type(source).__name__}; pass a path, a jaxgrad.torch.Checkpoint "
-                ", or a mapping from PyTorch names to arrays"
+                f"the source is a {type(source).__name__}; pass a path, a "
+                "jaxgrad.torch.Checkpoint, or a mapping from PyTorch names to arrays"
             )
         return File(source.path.name, source.tensors, source.tied, source.module)
 
-    def kind(self, group: Group) -> str | None:
-        """The layer type of a module, as a whole-module file tells it."""
+    def structure(self, group: Group) -> Module | None:
+        """PyTorch's own module that holds the tensors, where the file tells."""
         if self.module is None or "" in group.tensors:
             return None
         name = next(n for short, n in group.tensors.items() if not short.startswith("out_proj"))
@@ -60,4 +60,14 @@ class File:
             module = module.children.get(part)
             if module is None:
                 return None
-        return _TORCH_KINDS.get(module.cls.rpartition(".")[2])
+        return module if module.cls.startswith("torch.nn.") else None
+
+    def kind(self, group: Group) -> str | None:
+        """The layer type of a module, where the file tells."""
+        module = self.structure(group)
+        return None if module is None else _TORCH_KINDS.get(module.cls.rpartition(".")[2])
+
+    def config(self, group: Group) -> Mapping[str, Any]:
+        """The configuration of a module, where the file tells."""
+        module = self.structure(group)
+        return {} if module is None else module.config

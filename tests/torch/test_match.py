@@ -1,5 +1,7 @@
 """Which name goes where, what is refused, and what the refusals say."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -112,6 +114,7 @@ def test_bookkeeping_is_dropped_and_listed():
     assert "not used\n  bn.num_batches_tracked  bookkeeping" in repr(report)
 
 
+@pytest.mark.torch
 def test_tied_tensors_fill_the_one_leaf(tmp_path):
     torch = pytest.importorskip("torch")
     model = torch.nn.ModuleDict(
@@ -353,6 +356,7 @@ def test_linens_own_names_tell_a_convolution():
     assert "the layer type can't be told" in refused(params, {"up.weight": tensor(4, 4, 3, 2)})
 
 
+@pytest.mark.torch
 def test_a_module_file_tells_the_layer_type(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save(torch.nn.Sequential(torch.nn.ConvTranspose2d(2, 2, 3)), tmp_path / "up.pt")
@@ -372,6 +376,32 @@ def test_gru_with_a_bias_that_flax_has_no_room_for():
     source["bias_hh"] = np.array([1, 2, 3, 4, 0, 0], np.float32)
     filled = jt.load_into(cell, source)
     np.testing.assert_array_equal(filled.dense_i.bias[...], tensor(6) + source["bias_hh"])
+
+
+def module_file(cls, config, **tensors):
+    module = jt.Module(f"torch.nn.modules.{cls}", config, {}, tuple(tensors))
+    return jt.Checkpoint(pathlib.Path("net.pt"), "zip", tensors, module=module)
+
+
+def test_settings_that_no_tensor_shows():
+    """LayerNorm's epsilon is 1e-5 in PyTorch and 1e-6 in Flax."""
+    source = module_file("LayerNorm", {"eps": 1e-5}, weight=tensor(3), bias=tensor(3))
+    model = nnx.LayerNorm(3, rngs=nnx.Rngs(0))
+    assert "setting:\n  '' has eps 1e-06 in Flax and 1e-05 in the file" in refused(model, source)
+    jt.load_into(nnx.LayerNorm(3, epsilon=1e-5, rngs=nnx.Rngs(0)), source)
+    jt.load_into(model, source.tensors)  # the file doesn't tell
+    weights = {"in_proj_weight": tensor(12, 4), "out_proj.weight": tensor(4, 4)}
+    source = module_file("activation.MultiheadAttention", {"num_heads": 2}, **weights)
+    for heads in (1, 4):
+        model = nnx.MultiHeadAttention(heads, 4, use_bias=False, rngs=nnx.Rngs(0))
+        assert f"'' has num_heads {heads} in Flax and 2 in the file" in refused(model, source)
+
+
+def test_a_linear_layer_that_holds_its_weight_as_flax_does():
+    """GPT-2's; where its weight is square, only a declaration can tell."""
+    params, source = {"fc": dense(3, 3)}, linear("fc", 3, 3)
+    same = jt.load_into(params, source, rules=[jt.Rule("fc", layer="same")])
+    np.testing.assert_array_equal(same["fc"]["kernel"], tensor(3, 3))
 
 
 def test_what_is_no_source():
