@@ -1,0 +1,145 @@
+"""A traced loss in three: what runs once, what runs once per example, what runs in every step."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from jax.extend import core as jex
+
+from jaxgrad._classify import (
+    Classes,
+    Constant,
+    Misaligned,
+    PerExample,
+    Refusal,
+    Varying,
+    classify,
+    uses_batch_size,
+)
+from jaxgrad._cut import minimum_cut
+from jaxgrad._flops import flops, nbytes
+from jaxgrad._inline import between
+from jaxgrad._program import Loss, Program, pair
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Where a loss is cut, in the values of one trace of it.
+
+    Attributes:
+        program: the trace.
+        rows: its batch size.
+        classes: the class of each of its values.
+        crossing: the per-example values that are handed from the frozen part to the step.
+        constants: the values of frozen parameters alone that the step needs.
+    """
+
+    program: Program
+    rows: int
+    classes: Classes
+    crossing: Sequence[jex.Var]
+    constants: Sequence[jex.Var]
+
+    @property
+    def computed(self) -> list[jex.Var]:
+        """The crossing values that are not simply a part of the batch."""
+        return [v for v in self.crossing if v not in set(self.program.batch)]
+
+    def place(self, var: jex.Var) -> PerExample:
+        """Where a crossing value has its examples."""
+        place = self.classes[var]
+        assert isinstance(place, PerExample)
+        return place
+
+    def fold(self) -> jex.Jaxpr:
+        """From the frozen inputs to the constants."""
+        return between(self.program.jaxpr, self.program.frozen, self.constants)
+
+    def features(self) -> jex.Jaxpr:
+        """From the frozen inputs and a batch to the computed features."""
+        inputs = [*self.program.frozen, *self.program.batch]
+        return between(self.program.jaxpr, inputs, self.computed)
+
+    def step(self) -> jex.Jaxpr:
+        """From trainable parameters, constants, features and varying inputs to the loss."""
+        program = self.program
+        inputs = [*program.trainable, *self.constants, *self.crossing, *program.vary]
+        return between(program.jaxpr, inputs, program.jaxpr.outvars, effects=True)
+
+    def at(self, program: Program, rows: int) -> "Split":
+        """The same split of a trace at another batch size.
+
+        Raises:
+            Misaligned: the loss computes something else at this size.
+        """
+        pairs = pair(self.program, program)
+        theirs = {e.outvars[0]: e for e in program.jaxpr.eqns if e.outvars}
+        for eqn in self.features().eqns:
+            if uses_batch_size(eqn, theirs[pairs[eqn.outvars[0]]], (self.rows, rows)):
+                raise Misaligned("its frozen part depends on the size of the batch")
+        places = {pairs[v]: place for v, place in self.classes.places.items() if v in pairs}
+        return Split(
+            program,
+            rows,
+            Classes(places, self.classes.refusals),
+            [pairs[v] for v in self.crossing],
+            [pairs[v] for v in self.constants],
+        )
+
+
+def split(loss: Loss, rows: int) -> Split:
+    """Finds the frozen part of a loss and cuts it off where that is cheapest.
+
+    Args:
+        loss: the loss and what it is called with.
+        rows: the batch size to trace it with.
+    """
+    program = loss.trace(rows)
+    classes = _classes(loss, program, rows)
+    frozen = program.depending(program.frozen)
+    folded = [v for v in _values(program.jaxpr) if isinstance(classes[v], Constant) and v in frozen]
+    crossing = minimum_cut(
+        [e for e in program.jaxpr.eqns if not _constant(e, classes)],
+        [v for v in program.batch if isinstance(classes[v], PerExample)],
+        forced=lambda e: bool(e.effects) or any(isinstance(classes[v], Varying) for v in e.outvars),
+        cost=lambda e: flops(e) / rows,
+        # What the dataset has need not be kept a second time: among equals it comes first.
+        size=lambda v: nbytes(v.aval) / rows * (0.99 if v in set(program.batch) else 1),
+        outputs=[v for v in program.jaxpr.outvars if isinstance(v, jex.Var)],
+    )
+    whole = Split(program, rows, classes, crossing, folded)
+    step = whole.step()
+    used = {v for e in step.eqns for v in e.invars if isinstance(v, jex.Var)}
+    used.update(v for v in step.outvars if isinstance(v, jex.Var))
+    return dataclasses.replace(whole, constants=[v for v in folded if v in used])
+
+
+def _classes(loss: Loss, program: Program, rows: int) -> Classes:
+    inputs = {
+        **dict.fromkeys(program.frozen, Constant()),
+        **dict.fromkeys([*program.trainable, *program.vary], Varying()),
+        **dict.fromkeys(program.batch, PerExample(0)),
+    }
+    try:
+        other = loss.trace(2 * rows)
+        pair(program, other)
+    except Exception as error:  # whatever the user's function raises
+        # Without a second trace nothing about the batch axis is known.
+        why = f"can't be compared with a trace at {2 * rows} rows: {_first_line(error)}"
+        inputs.update(dict.fromkeys(program.batch, Varying(Refusal(why, "the batch", "", ""))))
+        other, sizes = program, (rows, rows)
+    else:
+        sizes = (rows, 2 * rows)
+    ordered = [inputs[v] for v in program.jaxpr.invars]
+    return classify(program.jaxpr, other.jaxpr, sizes, ordered)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _values(jaxpr: jex.Jaxpr) -> list[jex.Var]:
+    return [*jaxpr.invars, *(v for e in jaxpr.eqns for v in e.outvars)]
+
+
+def _constant(eqn: jex.JaxprEqn, classes: Classes) -> bool:
+    return bool(eqn.outvars) and all(isinstance(classes[v], Constant) for v in eqn.outvars)
