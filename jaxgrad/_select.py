@@ -9,15 +9,16 @@ The hole that a leaf leaves in the other half is `None`, which JAX reads as an e
 `jax.grad`, `jax.jit` and Optax then do no work for it at all.
 """
 
-import difflib
 import functools
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import numpy as np
+
+from jaxgrad._messages import count, listed, nearest
 
 T = TypeVar("T")
 PyTree: TypeAlias = Any
@@ -292,25 +293,6 @@ def check_same_structure(
         f"{a_name} and {b_name} have the same paths but other containers: "
         f"{a.treedef} against {b.treedef}. Build both from one tree."
     )
-
-
-def count(items: Sequence[Any], noun: str, *, verb: bool = True) -> str:
-    """`1 leaf is`, `3 leaves are`."""
-    plural = {"leaf": "leaves"}.get(noun, noun + "s")
-    words = f"{len(items)} {noun if len(items) == 1 else plural}"
-    return words + (" is" if len(items) == 1 else " are") * verb
-
-
-def listed(items: Iterable[str], most: int = 8) -> str:
-    """The first few, and how many more there are."""
-    items = list(items)
-    rest = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + rest
-
-
-def nearest(word: str, candidates: Iterable[str], most: int = 3) -> list[str]:
-    """The candidates that a mistyped word may have meant, best first."""
-    return difflib.get_close_matches(word, list(dict.fromkeys(candidates)), n=most, cutoff=0.5)
 
 
 def _select(tree: PyTree, wrt: Wrt) -> tuple[Flat, list[bool]]:
