@@ -103,7 +103,6 @@ def classify(
     second: jex.Jaxpr,
     sizes: Sizes,
     inputs: Sequence[Place],
-    refused: Mapping[int, str] | None = None,
 ) -> Classes:
     """Says for each value of `first` what it depends on.
 
@@ -112,7 +111,6 @@ def classify(
         second: the same at the second.
         sizes: the two batch sizes.
         inputs: the classes of the inputs.
-        refused: equations, by index, that must not be staged, and why.
 
     Raises:
         Misaligned: the traces are not the same equations.
@@ -129,8 +127,6 @@ def classify(
             outs: Sequence[Place] = [mine] * len(pair[0].outvars)
         else:
             try:
-                if refused and i in refused:
-                    raise Mixes(refused[i])
                 outs = _outputs(*pair, sizes, places)
             except (Mixes, Misaligned) as mixes:
                 refusal = Refusal(str(mixes), pair[0].primitive.name, *whence(pair[0]))

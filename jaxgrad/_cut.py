@@ -18,15 +18,16 @@ from typing import Any
 
 from jax.extend import core as jex
 
+from jaxgrad._flops import flops, nbytes
+
 FLOPS_PER_BYTE = 10
+BYTES_PER_READ = 10_000  # reading one more array takes some microseconds, however small it is
 
 
 def minimum_cut(
     equations: Iterable[jex.JaxprEqn],
     given: Collection[jex.Var],
     forced: Callable[[jex.JaxprEqn], bool],
-    cost: Callable[[jex.JaxprEqn], float],
-    size: Callable[[jex.Var], float],
     outputs: Collection[jex.Var],
 ) -> list[jex.Var]:
     """Returns the values to store: the cheapest ones that cut the frozen part off.
@@ -35,8 +36,6 @@ def minimum_cut(
         equations: all equations of the program that are not constant, in order.
         given: the per-example inputs; they are there already, but reading them costs as well.
         forced: whether an equation must run in every step.
-        cost: floating point operations of an equation.
-        size: bytes of a value.
         outputs: what the program returns.
     """
     import networkx as nx  # only here: `import jaxgrad` stays fast
@@ -49,7 +48,7 @@ def minimum_cut(
     for i, eqn in enumerate(equations):
         node = "step" if forced(eqn) else i
         if node == i:
-            graph.add_edge("once", i, capacity=cost(eqn))
+            graph.add_edge("once", i, capacity=flops(eqn))
         for v in eqn.invars:
             if isinstance(v, jex.Var) and v in maker:
                 uses.setdefault(v, set()).add(node)
@@ -59,8 +58,13 @@ def minimum_cut(
             uses.setdefault(v, set()).add("step")
     for v, users in uses.items():
         if maker[v] != "step":
-            graph.add_edge(maker[v], v, capacity=FLOPS_PER_BYTE * size(v))
+            graph.add_edge(maker[v], v, capacity=_reading(v, v in given))
             for node in users:
                 graph.add_edge(v, node)  # without a capacity: can't be cut
     _, (near, _) = nx.minimum_cut(graph, "once", "step")
     return [v for v in uses if maker[v] != "step" and maker[v] in near and v not in near]
+
+
+def _reading(var: jex.Var, given: bool) -> float:
+    """What a step spends on reading a value; among equals, what is there already comes first."""
+    return FLOPS_PER_BYTE * (nbytes(var.aval) + BYTES_PER_READ) * (0.99 if given else 1)

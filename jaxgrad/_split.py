@@ -13,10 +13,8 @@ from jaxgrad._classify import (
     Refusal,
     Varying,
     classify,
-    uses_batch_size,
 )
 from jaxgrad._cut import minimum_cut
-from jaxgrad._flops import flops, nbytes
 from jaxgrad._inline import between
 from jaxgrad._program import Loss, Program, pair
 
@@ -72,10 +70,9 @@ class Split:
             Misaligned: the loss computes something else at this size.
         """
         pairs = pair(self.program, program)
-        theirs = {e.outvars[0]: e for e in program.jaxpr.eqns if e.outvars}
-        for eqn in self.features().eqns:
-            if uses_batch_size(eqn, theirs[pairs[eqn.outvars[0]]], (self.rows, rows)):
-                raise Misaligned("its frozen part depends on the size of the batch")
+        again = _classify(self.program, program, (self.rows, rows))
+        if any(again[v] != self.classes[v] for v in (*self.crossing, *self.constants)):
+            raise Misaligned("its frozen part depends on the size of the batch")
         places = {pairs[v]: place for v, place in self.classes.places.items() if v in pairs}
         return Split(
             program,
@@ -101,9 +98,6 @@ def split(loss: Loss, rows: int) -> Split:
         [e for e in program.jaxpr.eqns if not _constant(e, classes)],
         [v for v in program.batch if isinstance(classes[v], PerExample)],
         forced=lambda e: bool(e.effects) or any(isinstance(classes[v], Varying) for v in e.outvars),
-        cost=lambda e: flops(e) / rows,
-        # What the dataset has need not be kept a second time: among equals it comes first.
-        size=lambda v: nbytes(v.aval) / rows * (0.99 if v in set(program.batch) else 1),
         outputs=[v for v in program.jaxpr.outvars if isinstance(v, jex.Var)],
     )
     whole = Split(program, rows, classes, crossing, folded)
@@ -114,23 +108,26 @@ def split(loss: Loss, rows: int) -> Split:
 
 
 def _classes(loss: Loss, program: Program, rows: int) -> Classes:
-    inputs = {
-        **dict.fromkeys(program.frozen, Constant()),
-        **dict.fromkeys([*program.trainable, *program.vary], Varying()),
-        **dict.fromkeys(program.batch, PerExample(0)),
-    }
     try:
         other = loss.trace(2 * rows)
         pair(program, other)
     except Exception as error:  # whatever the user's function raises
-        # Without a second trace nothing about the batch axis is known.
+        # Without a second trace nothing is known about the batch axis.
         why = f"can't be compared with a trace at {2 * rows} rows: {_first_line(error)}"
-        inputs.update(dict.fromkeys(program.batch, Varying(Refusal(why, "the batch", "", ""))))
-        other, sizes = program, (rows, rows)
-    else:
-        sizes = (rows, 2 * rows)
-    ordered = [inputs[v] for v in program.jaxpr.invars]
-    return classify(program.jaxpr, other.jaxpr, sizes, ordered)
+        return _classify(program, program, (rows, rows), Refusal(why, "the batch", "", ""))
+    return _classify(program, other, (rows, 2 * rows))
+
+
+def _classify(
+    program: Program, other: Program, sizes: tuple[int, int], refused: Refusal | None = None
+) -> Classes:
+    places = {
+        **dict.fromkeys(program.frozen, Constant()),
+        **dict.fromkeys([*program.trainable, *program.vary], Varying()),
+        **dict.fromkeys(program.batch, Varying(refused) if refused else PerExample(0)),
+    }
+    inputs = [places[v] for v in program.jaxpr.invars]
+    return classify(program.jaxpr, other.jaxpr, sizes, inputs)
 
 
 def _first_line(error: Exception) -> str:
