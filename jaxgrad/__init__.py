@@ -2,6 +2,7 @@
 
 from jaxgrad._autograd import GradientError, backward, grad, stop_gradient, value_and_grad
 from jaxgrad._functional import Apply, functional
+from jaxgrad._graph import Equation, Graph, trace
 from jaxgrad._optim import Assignment, ParamGroups, UpdateError, apply_updates, param_groups
 from jaxgrad._select import MergeError, SelectionError, Wrt, merge, partition, paths, select
 from jaxgrad._stage import Staged, StageError, stage
@@ -9,7 +10,9 @@ from jaxgrad._stage import Staged, StageError, stage
 __all__ = [
     "Apply",
     "Assignment",
+    "Equation",
     "GradientError",
+    "Graph",
     "MergeError",
     "ParamGroups",
     "SelectionError",
@@ -28,5 +31,6 @@ __all__ = [
     "select",
     "stage",
     "stop_gradient",
+    "trace",
     "value_and_grad",
 ]

@@ -21,7 +21,7 @@ import numpy as np
 from jax.extend import core as jex
 from jax.extend import source_info_util
 
-from jaxgrad._rows import Dim, Mixes, Shape, Step, follow
+from jaxgrad._rows import RULES, Dim, Mixes, Shape, Step, follow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +220,6 @@ _SIZES = {
     "iota": ("shape",),
     "random_bits": ("shape",),
     "reshape": ("new_sizes",),
-    "scan": ("length",),
     "slice": ("limit_indices",),
 }
 
@@ -247,10 +246,13 @@ def _outputs(
 ) -> Sequence[Place]:
     if a.effects or b.effects:
         raise Mixes("has a side effect, which must happen in every step")
+    name = a.primitive.name
+    axes = [p.axis if isinstance(p, PerExample) else None for p in places]
+    if any(axis is not None for axis in axes) and name not in {*RULES, *_STRUCTURED}:
+        raise Mixes("has no known way to treat the rows of a batch")
     params = dict(a.params)
-    for name in _SIZES.get(a.primitive.name, ()):
-        if name != "length":
-            params[name] = unify(a.params[name], b.params[name], sizes)
+    for size in _SIZES.get(name, ()):
+        params[size] = unify(a.params[size], b.params[size], sizes)
     scan_over_batch = a.params.get("length") != b.params.get("length")
     if uses_batch_size(*_lengthless(a, b), sizes):
         raise Mixes("depends on the size of the batch")
@@ -258,15 +260,13 @@ def _outputs(
         [unify(x.aval.shape, y.aval.shape, sizes) for x, y in zip(xs, ys, strict=True)]
         for xs, ys in ((a.invars, b.invars), (a.outvars, b.outvars))
     )
-    structured = _STRUCTURED.get(a.primitive.name)
-    axes = [p.axis if isinstance(p, PerExample) else None for p in places]
     if all(axis is None for axis in axes):
         if scan_over_batch or any(isinstance(d, Dim) for shape in outs for d in shape):
             return _made_for_batch(a, params, outs)
         return [Constant()] * len(outs)
-    if structured is not None:
-        return structured(a, b, sizes, places, outs)
-    return _places(follow(a.primitive.name, Step(params, axes, ins, outs)), outs)
+    if name in _STRUCTURED:
+        return _STRUCTURED[name](a, b, sizes, places, outs)
+    return _places(follow(name, Step(params, axes, ins, outs)), outs)
 
 
 def _lengthless(a: jex.JaxprEqn, b: jex.JaxprEqn):

@@ -93,7 +93,14 @@ class Report:
         return self.step + FLOPS_PER_BYTE * sum(c.nbytes for c in self.crossing)
 
     def gain(self, examples: int, epochs: float) -> float:
-        """How many times faster the whole training is predicted to be, preparation included."""
+        """Returns how many times faster the whole training is predicted to be.
+
+        Above 1, staging pays: preparation and its compilation are counted.
+
+        Args:
+            examples: the number of examples in the dataset.
+            epochs: how many times each is used; a fraction where a run is short.
+        """
         steps = _STEP * examples / self.rows
         before = epochs * (examples * self._before + steps)
         once = examples * (self.once + FLOPS_PER_BYTE * (self.batch_bytes + self.nbytes))

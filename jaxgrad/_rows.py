@@ -59,12 +59,9 @@ def follow(name: str, step: Step) -> list[int | None]:
     """The axis of each output of a primitive that has at least one per-example input.
 
     Raises:
-        Mixes: the primitive combines examples, or has no rule.
+        Mixes: the primitive combines examples.
     """
-    rule = RULES.get(name)
-    if rule is None:
-        raise Mixes(f"nothing is known about how {name} treats the rows of a batch")
-    axis = rule(step)
+    axis = RULES[name](step)
     return list(axis) if isinstance(axis, Sequence) else [axis] * len(step.outs)
 
 

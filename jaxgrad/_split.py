@@ -13,6 +13,7 @@ from jaxgrad._classify import (
     Refusal,
     Varying,
     classify,
+    whence,
 )
 from jaxgrad._cut import minimum_cut
 from jaxgrad._inline import between
@@ -69,6 +70,8 @@ class Split:
         Raises:
             Misaligned: the loss computes something else at this size.
         """
+        if rows == 1:
+            return self._of_one_row(program)
         pairs = pair(self.program, program)
         again = _classify(self.program, program, (self.rows, rows))
         if any(again[v] != self.classes[v] for v in (*self.crossing, *self.constants)):
@@ -77,6 +80,42 @@ class Split:
         return Split(
             program,
             rows,
+            Classes(places, self.classes.refusals),
+            [pairs[v] for v in self.crossing],
+            [pairs[v] for v in self.constants],
+        )
+
+    def _of_one_row(self, program: Program) -> "Split":
+        """The same split for one row, where what repeats a value over the batch is traced away.
+
+        The frozen parts are then not the same equations, and need not be: the steps are compared,
+        backwards from the outputs to the crossing.
+        """
+        ours, theirs = (
+            {v: (e, i) for e in p.jaxpr.eqns for i, v in enumerate(e.outvars)}
+            for p in (self.program, program)
+        )
+        pairs = dict(zip(self.program.jaxpr.invars, program.jaxpr.invars, strict=True))
+        given = {*self.program.jaxpr.invars, *self.constants, *self.crossing}
+        todo = list(zip(self.program.jaxpr.outvars, program.jaxpr.outvars, strict=True))
+        while todo:
+            a, b = todo.pop()
+            if isinstance(a, jex.Literal) and isinstance(b, jex.Literal):
+                continue
+            if isinstance(a, jex.Literal) or isinstance(b, jex.Literal):
+                raise Misaligned("it computes something else")
+            if pairs.setdefault(a, b) is not b:
+                raise Misaligned("it uses other values")
+            if a in given:
+                continue
+            (eqn, i), (other, j) = ours[a], theirs.get(b, (None, 0))
+            if other is None or (eqn.primitive, i) != (other.primitive, j):
+                raise Misaligned(f"it computes something else at {whence(eqn)[0]}")
+            todo += zip(eqn.invars, other.invars, strict=True)
+        places = {pairs[v]: place for v, place in self.classes.places.items() if v in pairs}
+        return Split(
+            program,
+            1,
             Classes(places, self.classes.refusals),
             [pairs[v] for v in self.crossing],
             [pairs[v] for v in self.constants],
