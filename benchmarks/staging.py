@@ -272,9 +272,7 @@ def torch_model(name: str):
         model = nn.Sequential(*blocks, *pool, nn.Linear(128, 10)).eval()
     else:
         blocks = [
-            nn.TransformerEncoderLayer(
-                128, 4, 512, 0.0, "gelu", batch_first=True, norm_first=True
-            )
+            nn.TransformerEncoderLayer(128, 4, 512, 0.0, "gelu", batch_first=True, norm_first=True)
             for _ in range(12)
         ]
         model = nn.Sequential(Tokens(), *blocks, First(), nn.LayerNorm(128), nn.Linear(128, 10))

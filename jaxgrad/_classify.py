@@ -13,7 +13,7 @@ equation (`_rows.py`).
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ import numpy as np
 from jax.extend import core as jex
 from jax.extend import source_info_util
 
+from jaxgrad._flops import aval
 from jaxgrad._rows import RULES, Dim, Mixes, Shape, Step, follow
 
 
@@ -88,7 +89,8 @@ class Misaligned(Exception):  # noqa: N818
     """Two traces of one function are not the same equations; the message says where."""
 
 
-class Classes(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Classes:
     """The class of every value, and the equations that were refused."""
 
     places: dict[jex.Var, Place]
@@ -191,7 +193,7 @@ def uses_batch_size(first: jex.JaxprEqn, second: jex.JaxprEqn, sizes: Sizes) -> 
         if _is_body(value) or callable(value) or value is other:
             continue
         if name in shapes:
-            unify(value, other, sizes)
+            unify(value, second.params[name], sizes)
         elif not _same(value, other):
             return True
     return False
@@ -254,10 +256,10 @@ def _outputs(
     for size in _SIZES.get(name, ()):
         params[size] = unify(a.params[size], b.params[size], sizes)
     scan_over_batch = a.params.get("length") != b.params.get("length")
-    if uses_batch_size(*_lengthless(a, b), sizes):
+    if uses_batch_size(_lengthless(a), _lengthless(b), sizes):
         raise Mixes("depends on the size of the batch")
     ins, outs = (
-        [unify(x.aval.shape, y.aval.shape, sizes) for x, y in zip(xs, ys, strict=True)]
+        [unify(aval(x).shape, aval(y).shape, sizes) for x, y in zip(xs, ys, strict=True)]
         for xs, ys in ((a.invars, b.invars), (a.outvars, b.outvars))
     )
     if all(axis is None for axis in axes):
@@ -269,11 +271,11 @@ def _outputs(
     return _places(follow(name, Step(params, axes, ins, outs)), outs)
 
 
-def _lengthless(a: jex.JaxprEqn, b: jex.JaxprEqn):
+def _lengthless(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
     """A scan over the batch has the batch size as its length, as it should."""
-    if a.primitive.name != "scan":
-        return a, b
-    return tuple(e.replace(params={**e.params, "length": None}) for e in (a, b))
+    if eqn.primitive.name != "scan":
+        return eqn
+    return eqn.replace(params={**eqn.params, "length": None})
 
 
 def _made_for_batch(

@@ -67,4 +67,4 @@ def minimum_cut(
 
 def _reading(var: jex.Var, given: bool) -> float:
     """What a step spends on reading a value; among equals, what is there already comes first."""
-    return FLOPS_PER_BYTE * (nbytes(var.aval) + BYTES_PER_READ) * (0.99 if given else 1)
+    return FLOPS_PER_BYTE * (nbytes(var) + BYTES_PER_READ) * (0.99 if given else 1)

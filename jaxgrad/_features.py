@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 Specs = Sequence[jax.ShapeDtypeStruct]
 Compute = Callable[[int], Sequence[Any]]
@@ -76,7 +77,7 @@ class Stats:
 def _take(value: Any, rows: Any) -> Any:
     if isinstance(value, jax.Array):
         return value[rows]
-    if isinstance(rows, jax.core.Tracer):
+    if isinstance(rows, Tracer):
         raise TypeError(
             "features in host memory or on disk can't be indexed under jit: the rows are known "
             "only when it runs. Index before the jitted step, `step(params, features[rows])`, or "

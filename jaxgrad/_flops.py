@@ -7,14 +7,15 @@ crossing is chosen before anything is compiled, and only needs the large terms r
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from jax.extend import core as jex
 
-_FREE = frozenset(
-    "broadcast_in_dim reshape transpose squeeze expand_dims slice copy stop_gradient name iota "
-    "concatenate pad split rev convert_element_type bitcast_convert_type device_put copy_p "
-    "sharding_constraint optimization_barrier random_wrap random_unwrap".split()
-)
+_FREE = """
+bitcast_convert_type broadcast_in_dim concatenate convert_element_type copy copy_p device_put
+expand_dims iota name optimization_barrier pad random_unwrap random_wrap reshape rev
+sharding_constraint slice split squeeze stop_gradient transpose
+"""
 
 
 def flops(eqn: jex.JaxprEqn) -> int:
@@ -23,14 +24,14 @@ def flops(eqn: jex.JaxprEqn) -> int:
     A `while` is counted as one turn, and a `cond` as its dearest branch.
     """
     name = eqn.primitive.name
-    if name in _FREE:
+    if name in _FREE.split():
         return 0
     if name == "dot_general":
         ((contracted, _), _) = eqn.params["dimension_numbers"]
-        lhs = eqn.invars[0].aval.shape
+        lhs = aval(eqn.invars[0]).shape
         return 2 * _size(eqn.outvars) * math.prod(lhs[d] for d in contracted)
     if name == "conv_general_dilated":
-        kernel = eqn.invars[1].aval.shape
+        kernel = aval(eqn.invars[1]).shape
         features_out = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
         return 2 * _size(eqn.outvars) * math.prod(kernel) // features_out
     if name == "cond":
@@ -50,10 +51,15 @@ def total(eqns: Iterable[jex.JaxprEqn]) -> int:
     return sum(map(flops, eqns))
 
 
-def nbytes(aval) -> int:
-    """What a value of this shape and dtype takes in memory."""
-    return math.prod(aval.shape) * aval.dtype.itemsize
+def aval(atom: jex.Var | jex.Literal) -> Any:
+    """The shape and dtype of a value; JAX's type for it promises neither."""
+    return atom.aval
 
 
-def _size(atoms) -> int:
-    return sum(math.prod(getattr(a.aval, "shape", ())) for a in atoms)
+def nbytes(atom: jex.Var | jex.Literal) -> int:
+    """What a value takes in memory."""
+    return math.prod(aval(atom).shape) * aval(atom).dtype.itemsize
+
+
+def _size(atoms: Iterable[jex.Var | jex.Literal]) -> int:
+    return sum(math.prod(getattr(aval(atom), "shape", ())) for atom in atoms)

@@ -147,9 +147,7 @@ def trace(fun: Callable[..., Any], *args: Any) -> Graph:
     ]
     flat = inline(closed, [False] * len(closed.jaxpr.invars))
     closed_over = [f"closed over/{i}" for i in range(len(flat.consts))]
-    jaxpr = flat.jaxpr.replace(
-        constvars=[], invars=[*flat.jaxpr.constvars, *flat.jaxpr.invars]
-    )
+    jaxpr = flat.jaxpr.replace(constvars=[], invars=[*flat.jaxpr.constvars, *flat.jaxpr.invars])
     inputs = (*closed_over, *names)
     return Graph(jaxpr, inputs, _equations(jaxpr, inputs))
 
@@ -163,17 +161,13 @@ def _equations(jaxpr: jex.Jaxpr, inputs: Sequence[str]) -> tuple[Equation, ...]:
             Equation(
                 i,
                 eqn.primitive.name,
-                tuple(
-                    names[v] if isinstance(v, jex.Var) else str(v.val) for v in eqn.invars
-                ),
+                tuple(names[v] if isinstance(v, jex.Var) else str(v.val) for v in eqn.invars),
                 tuple(v.aval.str_short(short_dtypes=False) for v in eqn.outvars),
                 *whence(eqn),
                 flops(eqn),
             )
         )
-        names.update(
-            {v: f"%{i}.{j}" if several else f"%{i}" for j, v in enumerate(eqn.outvars)}
-        )
+        names.update({v: f"%{i}.{j}" if several else f"%{i}" for j, v in enumerate(eqn.outvars)})
     return tuple(equations)
 
 
@@ -182,7 +176,9 @@ def _argument_names(fun: Callable[..., Any], count: int) -> list[str]:
         parameters = inspect.signature(fun).parameters.values()
     except (TypeError, ValueError):  # a builtin, or a wrapped C function
         parameters = ()
-    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    positional = [
+        p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
     return [positional[i] if i < len(positional) else str(i) for i in range(count)]
 
 

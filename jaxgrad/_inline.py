@@ -50,7 +50,7 @@ def inline(closed: jex.ClosedJaxpr, varying: Sequence[bool]) -> jex.ClosedJaxpr:
         constvars=list(builder.consts), invars=invars, outvars=outs, eqns=builder.eqns
     )
     flat = between(flat, invars, outs, effects=True)
-    return jex.ClosedJaxpr(flat, list(builder.consts.values()))
+    return jex.ClosedJaxpr(flat, [builder.consts[v] for v in flat.constvars])
 
 
 def between(

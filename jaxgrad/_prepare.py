@@ -6,18 +6,19 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 from jax.extend import core as jex
 
 from jaxgrad import _features
 from jaxgrad._classify import whence
 from jaxgrad._encode import encode, is_encoded, squares
+from jaxgrad._flops import aval
 from jaxgrad._split import Split
 
 
@@ -59,7 +60,7 @@ class Frozen:
 
     def specs(self, total: int) -> list[jax.ShapeDtypeStruct]:
         """What the features of the whole dataset will be."""
-        avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self.jaxpr.outvars]
+        avals = [jax.ShapeDtypeStruct(aval(v).shape, aval(v).dtype) for v in self.jaxpr.outvars]
         stored, _ = jax.eval_shape(self.store, avals)
         return [jax.ShapeDtypeStruct((total, *s.shape[1:]), s.dtype) for s in stored]
 
@@ -90,7 +91,7 @@ class Frozen:
         """A hash of all that the features depend on."""
         digest = hashlib.sha256()
         text = re.sub(r"0x[0-9a-f]+", "", str(self.jaxpr))  # addresses of functions
-        for part in (text, jax.__version__, jaxlib.__version__, jax.default_backend()):
+        for part in (text, jax.__version__, version("jaxlib"), jax.default_backend()):
             digest.update(part.encode() + b"\0")
         digest.update(f"{self.encoding} {self.split.rows}".encode())
         used = {v for e in self.jaxpr.eqns for v in e.invars if isinstance(v, jex.Var)}
@@ -106,9 +107,11 @@ class Frozen:
 def _store(split: Split, encoding: str | None, values: Sequence[jax.Array]):
     rows = [split.place(v).rows_first(x) for v, x in zip(split.computed, values, strict=True)]
     stored = [array for x in rows for array in encode(x, encoding)]
-    encoded = [squares(x, encoding) for x in rows if is_encoded(x.dtype, encoding)]
-    change, size = (sum(s, start=jnp.zeros(())) for s in zip(*encoded)) if encoded else (0.0, 0.0)
-    return stored, jnp.stack([jnp.asarray(change), jnp.asarray(size)])
+    error = jnp.zeros(2)
+    for x in rows:
+        if is_encoded(x.dtype, encoding):
+            error += jnp.stack(squares(x, encoding))
+    return stored, error
 
 
 def _rows(leaf: Any, start: int, rows: int) -> Any:
@@ -192,8 +195,8 @@ def _place(where: str | os.PathLike[str], need: int, budget: int | None) -> str:
         return str(where)
     limit = f"the budget is {budget:,}" if budget is not None else "there is no room for that"
     raise StageError(
-        f'the features take {need:,} bytes and {limit}. Keep them on disk (where="path/to/folder"), '
-        'store them in fewer bits (features_dtype="bfloat16" or "int8"), or raise budget_bytes.'
+        f"the features take {need:,} bytes and {limit}. Keep them on disk "
+        '(where="path/to/folder"), store them in fewer bits (features_dtype="bfloat16" or "int8"), or raise budget_bytes.'
     )
 
 

@@ -9,7 +9,7 @@ from jax.extend.core import primitives
 
 from jaxgrad._classify import Refusal, Varying, whence
 from jaxgrad._cut import FLOPS_PER_BYTE
-from jaxgrad._flops import flops, nbytes, total
+from jaxgrad._flops import aval, flops, nbytes, total
 from jaxgrad._inline import between
 from jaxgrad._split import Split
 
@@ -146,8 +146,8 @@ def report(split: Split, names: dict[jex.Var, str]) -> Report:
         step=_training(split.step().eqns, trained) // rows,
         unstaged=_training(everything.eqns, trained) // rows,
         crossing=tuple(_crossing(split, v, names) for v in split.crossing),
-        constants=sum(nbytes(v.aval) for v in split.constants if v not in set(inputs)),
-        batch_bytes=sum(nbytes(v.aval) for v in program.batch if v in used) // rows,
+        constants=sum(nbytes(v) for v in split.constants if v not in set(inputs)),
+        batch_bytes=sum(nbytes(v) for v in program.batch if v in used) // rows,
         refusals=_blocked(split, everything.eqns, trained),
         random=_random(split, everything.eqns, trained),
         rows=rows,
@@ -156,13 +156,13 @@ def report(split: Split, names: dict[jex.Var, str]) -> Report:
 
 def _crossing(split: Split, var: jex.Var, names: dict[jex.Var, str]) -> Crossing:
     place = split.place(var)
-    shape = list(var.aval.shape)
+    shape = list(aval(var).shape)
     del shape[place.axis]
     shape = [place.inner, *shape] if place.inner > 1 else shape
     maker = next((e for e in split.program.jaxpr.eqns if var in e.outvars), None)
     source = f"from {_where(maker)}" if maker else f"the batch's {names[var]}"
-    size = nbytes(var.aval) // split.rows
-    return Crossing(tuple(shape), var.aval.dtype, size, source, maker is not None)
+    size = nbytes(var) // split.rows
+    return Crossing(tuple(shape), aval(var).dtype, size, source, maker is not None)
 
 
 def _where(eqn: jex.JaxprEqn) -> str:

@@ -245,7 +245,7 @@ nextafter not or polygamma population_count pow real reduce_precision
 regularized_incomplete_beta rem round rsqrt select_n sharding_constraint shift_left
 shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh
 xor zeta
-""".split()
+"""
 
 _REDUCES = (
     "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin"
@@ -253,14 +253,14 @@ _REDUCES = (
 _WINDOWS = "reduce_window_sum reduce_window_max reduce_window_min"
 
 RULES: dict[str, Callable[[Step], int | Sequence[int | None]]] = {
-    **dict.fromkeys(_ELEMENTWISE, _elementwise),
+    **dict.fromkeys(_ELEMENTWISE.split(), _elementwise),
     **dict.fromkeys(_REDUCES.split(), _dropping("axes", "reduces over the examples")),
     **dict.fromkeys(_WINDOWS.split(), _reduce_window),
     **dict.fromkeys(
-        "cumsum cumprod cummax cummin cumlogsumexp".split(),
+        ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"),
         _along("axis", "accumulates along the examples"),
     ),
-    **dict.fromkeys("cholesky lu qr eigh svd triangular_solve".split(), _trailing(2)),
+    **dict.fromkeys(("cholesky", "lu", "qr", "eigh", "svd", "triangular_solve"), _trailing(2)),
     "broadcast_in_dim": _broadcast,
     "concatenate": _along("dimension", "joins batches"),
     "conv_general_dilated": _conv,

@@ -27,6 +27,7 @@ from jaxgrad import _prepare
 from jaxgrad._classify import Misaligned
 from jaxgrad._encode import ENCODINGS, decode, is_encoded
 from jaxgrad._features import Features
+from jaxgrad._flops import aval
 from jaxgrad._prepare import StageError
 from jaxgrad._program import Loss
 from jaxgrad._report import Report, report
@@ -189,7 +190,7 @@ class Staged:
         inputs = []
         for var in cut.crossing:
             given = var in cut.program.batch
-            x = decode(stored, var.aval.dtype, None if given else features.encoding)
+            x = decode(stored, aval(var).dtype, None if given else features.encoding)
             inputs.append(jnp.asarray(x) if given else cut.place(var).restored(x))
         vary_leaves, vary_tree = jax.tree.flatten(vary)
         if vary_tree != plan.source.vary_tree:
@@ -291,7 +292,7 @@ class _Plan:
 
 
 def _arrays(var: jex.Var, encoding: str | None) -> int:
-    return 2 if encoding == "int8" and is_encoded(var.aval.dtype, encoding) else 1
+    return 2 if encoding == "int8" and is_encoded(aval(var).dtype, encoding) else 1
 
 
 def _rows(tree: PyTree) -> int:

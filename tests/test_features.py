@@ -114,12 +114,10 @@ def test_a_stale_cache_is_never_used(change, tmp_path):
         case "data":
             count = folders(loss, params, {**data, "x": data["x"].at[-1, -1].add(1)})
         case "computation":
-            count = folders(
-                lambda p, b: loss(p, {**b, "x": jnp.sin(b["x"])}), params, data
-            )
+            count = folders(lambda p, b: loss(p, {**b, "x": jnp.sin(b["x"])}), params, data)
         case "batch size":
             count = folders(loss, params, data, rows=5)
-        case "dtype":
+        case _:
             count = folders(loss, params, data, dtype="int8")
     assert count == 2
 
@@ -162,7 +160,9 @@ def test_the_labels_are_not_copied(monkeypatch):
 
 def test_budget(case):
     staged, data, _ = case
-    with pytest.raises(jg.StageError, match="take 270 bytes and the budget is 269. Keep them on d"):
+    with pytest.raises(
+        jg.StageError, match=r"take 270 bytes and the budget is 269. Keep them on d"
+    ):
         staged.prepare(data, budget_bytes=269)
     assert staged.prepare(data, budget_bytes=270).stats.where == "device"
     with pytest.raises(jg.StageError, match="the budget is 10"):
@@ -179,7 +179,7 @@ def test_no_room(case, monkeypatch):
 def test_features_off_the_device_are_not_indexed_under_jit(case):
     staged, data, _ = case
     features = staged.prepare(data, "host")
-    with pytest.raises(TypeError, match="can't be indexed under jit.*Index before"):
+    with pytest.raises(TypeError, match=r"can't be indexed under jit.*Index before"):
         jax.jit(lambda rows: features[rows])(jnp.arange(3))
 
 

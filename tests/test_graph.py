@@ -49,7 +49,7 @@ def test_depends_on(graph):
 def test_influences(graph):
     assert [e.primitive for e in graph.influences("params/b")] == ["mul"]
     assert len(graph.influences(["params/w", "x"])) == 4
-    with pytest.raises(jg.SelectionError, match="matches no leaf.*Did you mean 'params/w'"):
+    with pytest.raises(jg.SelectionError, match=r"matches no leaf.*Did you mean 'params/w'"):
         graph.influences("param/w")
 
 

@@ -73,9 +73,7 @@ def test_scopes_of_nested_calls_are_joined():
 
 
 def scanned(first, last, x):
-    return jax.lax.scan(
-        lambda h, w: (jnp.tanh(h @ w), h.sum()), x, jnp.concatenate([first, last])
-    )
+    return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), h.sum()), x, jnp.concatenate([first, last]))
 
 
 def test_a_scan_splits_where_its_layers_turn_trainable():
@@ -86,7 +84,9 @@ def test_a_scan_splits_where_its_layers_turn_trainable():
     assert scans == [3, 2]
 
 
-@pytest.mark.parametrize("varying", [[True, True, False], [True, False, False], [False, True, True]])
+@pytest.mark.parametrize(
+    "varying", [[True, True, False], [True, False, False], [False, True, True]]
+)
 def test_a_scan_stays_whole_otherwise(varying):
     args = jnp.ones((3, 3, 3)), jnp.ones((2, 3, 3)), X
     jaxpr = flat(scanned, varying, *args)

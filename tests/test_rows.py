@@ -97,8 +97,14 @@ MIXING = {
     "permutation": (lambda x: x[jnp.argsort(x[:, 0, 0])], "position in the batch"),
     "index by the examples": (lambda x: x[index(x)], "depends on the size of the batch"),
     "tile": (lambda x: jnp.concatenate([x, x]), "joins batches"),
-    "pad the batch": (lambda x: jnp.pad(x, ((1, 1), (0, 0), (0, 0))), "no multiple of the batch size"),
-    "split the batch": (lambda x: jnp.split(x, 2)[0] * jnp.split(x, 2)[1], "depends on the size of the batch"),
+    "pad the batch": (
+        lambda x: jnp.pad(x, ((1, 1), (0, 0), (0, 0))),
+        "no multiple of the batch size",
+    ),
+    "split the batch": (
+        lambda x: jnp.split(x, 2)[0] * jnp.split(x, 2)[1],
+        "depends on the size of the batch",
+    ),
     "transposed fold": (
         lambda x: x.transpose(1, 0, 2).reshape(-1, 6),
         "no longer one contiguous row",
@@ -125,7 +131,10 @@ MIXING = {
         ),
         "kernel that depends on the examples",
     ),
-    "fft over the batch": (lambda x: jnp.abs(jnp.fft.fft(x[:, 0].T)), "depends on the size of the batch"),
+    "fft over the batch": (
+        lambda x: jnp.abs(jnp.fft.fft(x[:, 0].T)),
+        "depends on the size of the batch",
+    ),
     "scan over the batch": (
         lambda x: lax.scan(lambda c, r: (c + r, c), x[0] * 0, x)[1],
         "picks some examples",
