@@ -124,7 +124,7 @@ def functional(
     return _LinenApply(model, stats, _layer_is_frozen(params, wrt), flatten(params)), params
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # by identity, so that jax.jit(apply) works
 class _NnxApply:
     """An NNX module taken apart. Each call builds a module of its own and drops it again."""
 
@@ -191,7 +191,7 @@ def _functional_nnx(model: "nnx.Module", wrt: Wrt) -> tuple[_NnxApply, PyTree]:
     return _NnxApply(_pure(stats), graph, split(training)[0], templates, split), params
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # by identity, so that jax.jit(apply) works
 class _LinenApply:
     """A Linen module; the mode of its layers is set as each is called."""
 

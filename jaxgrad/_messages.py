@@ -1,6 +1,7 @@
 """The words that errors and tables share: how leaves, sizes and near misses are written."""
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -8,15 +9,22 @@ import jax.numpy as jnp
 
 
 def spec(x: Any) -> str:
-    """Dtype and shape of an array: `float32[3,2]`."""
-    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
-    return f"{dtype}[{','.join(map(str, jnp.shape(x)))}]"
+    """Dtype and shape of an array, a number or a `ShapeDtypeStruct`: `float32[3,2]`."""
+    return f"{_dtype(x)}[{','.join(map(str, getattr(x, 'shape', ())))}]"
+
+
+def numel(x: Any) -> int:
+    """How many numbers an array holds; PyTorch's `Tensor.numel`."""
+    return math.prod(getattr(x, "shape", ()))
 
 
 def nbytes(x: Any) -> int:
     """The bytes that an array takes."""
-    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
-    return jnp.size(x) * dtype.itemsize
+    return numel(x) * _dtype(x).itemsize
+
+
+def _dtype(x: Any) -> Any:
+    return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
 
 
 def size(n: float) -> str:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxgrad._messages import count, listed, nbytes, size, spec
+from jaxgrad._messages import count, listed, nbytes, numel, size, spec
 from jaxgrad._select import (
     Flat,
     PyTree,
@@ -70,7 +70,7 @@ class Assignment:
         lines = []
         for name, leaves in [*self.groups.items(), ("frozen", self.frozen)]:
             width = max(map(len, leaves), default=0)
-            n = sum(map(jnp.size, leaves.values()))
+            n = sum(map(numel, leaves.values()))
             total = size(sum(map(nbytes, leaves.values())))
             lines.append(f"{name}: {count([*leaves], 'leaf', verb=False)}, {n:,} numbers, {total}")
             lines += [f"  {path:{width}}  {spec(leaf)}" for path, leaf in leaves.items()]

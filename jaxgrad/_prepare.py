@@ -196,7 +196,8 @@ def _place(where: str | os.PathLike[str], need: int, budget: int | None) -> str:
     limit = f"the budget is {budget:,}" if budget is not None else "there is no room for that"
     raise StageError(
         f"the features take {need:,} bytes and {limit}. Keep them on disk "
-        '(where="path/to/folder"), store them in fewer bits (features_dtype="bfloat16" or "int8"), or raise budget_bytes.'
+        '(where="path/to/folder"), store them in fewer bits (features_dtype="bfloat16" or '
+        '"int8"), or raise budget_bytes.'
     )
 
 

@@ -111,6 +111,29 @@ def test_ten_steps_of_sgd_with_momentum(x64):
     np.testing.assert_array_equal(apply(params, data).argmax(1), g["argmax"])
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("seed", range(5))
+def test_backward_is_pytorchs(x64, seed):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(seed)
+    arrays = {name: rng.normal(size=shape) for name, shape in (("a", (3, 4)), ("b", (4, 2)))}
+    gradient = rng.normal(size=(3, 2))
+    tensors = {name: torch.tensor(array, requires_grad=True) for name, array in arrays.items()}
+    out = torch.tanh(tensors["a"] @ tensors["b"]) * tensors["a"].exp().sum(1, keepdim=True)
+    out.backward(gradient=torch.tensor(gradient))
+
+    def fun(t):
+        return jnp.tanh(t["a"] @ t["b"]) * jnp.exp(t["a"]).sum(1, keepdims=True)
+
+    params = jax.tree.map(jnp.asarray, arrays)
+    value, grads = jg.backward(fun, params, gradient=gradient)
+    np.testing.assert_allclose(value, out.detach(), rtol=1e-12)
+    for name, tensor in tensors.items():
+        np.testing.assert_allclose(grads[name], tensor.grad, rtol=1e-11)
+        alone = jg.backward(fun, params, gradient=gradient, wrt=name)[1]
+        np.testing.assert_allclose(alone[name], tensor.grad, rtol=1e-11)
+
+
 # One loss over every kind of model.
 
 
@@ -165,7 +188,7 @@ def model(kind, net):
         return jg.functional(module)[::-1]
     key = jax.random.key(0)
     module = EquinoxNet(eqx.nn.Linear(5, 4, key=key), eqx.nn.Linear(4, 3, key=key))
-    where = lambda m: (m.trunk.weight, m.trunk.bias, m.head.weight, m.head.bias)  # noqa: E731
+    where = lambda m: (m.trunk.weight, m.trunk.bias, m.head.weight, m.head.bias)
     values = [net[f"{layer}/{leaf}"] for layer in ("trunk", "head") for leaf in ("weight", "bias")]
     return eqx.tree_at(where, module, [jnp.array(v) for v in values]), lambda m, x: m(x)
 
@@ -175,7 +198,7 @@ def model(kind, net):
 def test_every_kind_of_model_has_pytorchs_gradients(x64, kind, wrt):
     net = golden("net/")
     params, apply = model(kind, net)
-    loss = lambda p, x, y: cross_entropy(apply(p, x), y)  # noqa: E731
+    loss = lambda p, x, y: cross_entropy(apply(p, x), y)
     value, grads = jax.jit(jg.value_and_grad(loss, wrt=wrt))(params, net["x"], net["labels"])
     np.testing.assert_allclose(value, net["loss"], rtol=1e-14)
     selected, _ = jg.partition(params, wrt)
@@ -237,7 +260,7 @@ def test_aux_jit_vmap_and_scan():
 
 
 def test_hessians_both_ways():
-    f = lambda p: (p["a"] ** 3).sum() * p["b"]  # noqa: E731
+    f = lambda p: (p["a"] ** 3).sum() * p["b"]
     params = {"a": jnp.array([1.0, 2.0]), "b": jnp.array(5.0)}
     hessian = jax.jacfwd(jg.grad(f, wrt="a"))(params)
     np.testing.assert_allclose(hessian["a"]["a"], np.diag([30.0, 60.0]))
@@ -250,7 +273,7 @@ def test_hessians_both_ways():
 def test_no_tracer_leaks():
     with jax.checking_leaks():
         params = {"a": jnp.ones(3), "b": jnp.ones(3)}
-        loss = lambda p, x: (x @ (p["a"] * p["b"])).sum()  # noqa: E731
+        loss = lambda p, x: (x @ (p["a"] * p["b"])).sum()
         jax.jit(jg.value_and_grad(loss, wrt="a", microbatches=3))(params, jnp.ones((3, 3)))
         jg.backward(lambda p: p["a"] * p["b"], params, gradient=jnp.ones(3), wrt="b")
 
@@ -297,7 +320,7 @@ def test_each_microbatch_draws_from_its_own_key():
 def test_microbatches_pass_over_nones_and_sum_half_precision_in_full():
     p = {"w": jnp.ones((), jnp.bfloat16), "b": None}
     x = jnp.full(512, 1.0, jnp.bfloat16)
-    loss = lambda p, x, y: (p["w"] * x).mean()  # noqa: E731
+    loss = lambda p, x, y: (p["w"] * x).mean()
     grads = jg.grad(loss, microbatches=512)(p, x, None)
     assert grads["w"].dtype == jnp.bfloat16
     assert grads["w"] == 1.0  # a bfloat16 sum would have stopped at 256
@@ -306,7 +329,7 @@ def test_microbatches_pass_over_nones_and_sum_half_precision_in_full():
 
 def test_microbatches_hold_gradients_of_the_selected_leaves_only():
     params = {"big": jnp.ones((64, 64)), "small": jnp.ones(64)}
-    loss = lambda p, x: ((x @ p["big"]) * p["small"][None]).mean()  # noqa: E731
+    loss = lambda p, x: ((x @ p["big"]) * p["small"][None]).mean()
     f = jg.value_and_grad(loss, wrt="small", microbatches=4)
     (scan,) = [
         e for e in jax.make_jaxpr(f)(params, jnp.ones((8, 64))).eqns if e.primitive.name == "scan"
@@ -356,7 +379,7 @@ def test_microbatches_are_one_or_more():
     ],
 )
 def test_a_leaf_without_gradient_is_refused(params, wrt, text):
-    loss = lambda p: p["w"].sum()  # noqa: E731
+    loss = lambda p: p["w"].sum()
     assert text in message(jg.grad(loss, wrt), params, error=jg.SelectionError)
     assert text in message(jg.backward, loss, params, wrt=wrt, error=jg.SelectionError)
 
@@ -381,7 +404,7 @@ class Noisy(nnx.Module):
 
 def test_statistics_are_no_parameters():
     module = Noisy(nnx.Rngs(0))
-    loss = lambda m, x: m.norm(x).sum()  # noqa: E731
+    loss = lambda m, x: m.norm(x).sum()
     text = message(
         jg.grad(loss, ["**", "!drop/**"]), module, jnp.ones((3, 2)), error=jg.SelectionError
     )
@@ -397,7 +420,7 @@ def test_statistics_are_no_parameters():
     ],
 )
 def test_changes_to_a_module_are_not_lost_in_silence(call, changed):
-    loss = lambda m, x: call(m, x).sum()  # noqa: E731
+    loss = lambda m, x: call(m, x).sum()
     text = message(jg.grad(loss, "norm/scale"), Noisy(nnx.Rngs(0)), jnp.ones((3, 2)))
     assert text.startswith(
         f"the loss changes {changed} of the NNX module it is given. That is lost"

@@ -93,9 +93,10 @@ def test_idx_of_every_type(tmp_path, dtype, code):
             "is cut short: 2,361 bytes, where [3, 28, 28] of uint8 and the header take 2,368.",
         ),
         (idx(LABELS["t10k"]) + b"!", "is too long: 12 bytes, where [3] of uint8"),
-        (gzip.compress(idx(LABELS["t10k"]))[:-9], "can't be read: "),
+        (gzip.compress(idx(LABELS["t10k"]), mtime=0)[:-9], "can't be read: "),
         (b"\0\0\x08\x02" + b"\xff" * 8, "is cut short: 12 bytes, where [4294967295, 4294967295]"),
     ],
+    ids=["empty", "png", "type", "sizes", "short", "long", "gzip", "huge"],
 )
 def test_broken_idx_files(tmp_path, raw, text):
     (tmp_path / "broken").write_bytes(raw)

@@ -80,6 +80,8 @@ def test_inference_is_deterministic_and_by_running_statistics(make):
     flags = {"train": True} if flags else {}  # even where the flag asks for training
     y = apply(params, X, **flags)
     np.testing.assert_array_equal(y, apply(params, X, **flags))
+    if not flags:
+        np.testing.assert_allclose(y, jax.jit(apply)(params, X), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(y[:1], apply(params, X[:1], **flags), rtol=1e-6)
     moved = jax.tree.map(lambda s: s + 1, apply.stats)
     assert not np.allclose(y, apply(params, X, stats=moved, **flags))

@@ -357,3 +357,58 @@ def test_apply_updates_keeps_dtypes_and_whole_leaves():
     assert new["b"] is params["b"] and new["c"] == 3.0
     half = {"a": params["a"], "b": None, "c": None}
     assert jg.apply_updates(half, {"a": jnp.ones(2), "b": None, "c": None})["b"] is None
+
+
+# What a head-only step costs, in every recipe that is known to cost more than it should.
+
+LAYERS = {f"layer{i}": 0.1 * jnp.ones((64, 64)) for i in range(4)}
+SPLIT_RECIPES = {
+    "plain": lambda tx: tx,
+    "clip in the chain": lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+}
+
+
+def deep_loss(params, x):
+    for name in sorted(params):
+        x = jnp.tanh(x @ params[name])
+    return (x**2).mean()
+
+
+def flops(step, *args):
+    return jax.jit(step).lower(*args).compile().cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("recipe", SPLIT_RECIPES)
+def test_a_head_only_step_costs_what_one_split_by_hand_costs(recipe):
+    make, sgd, x = SPLIT_RECIPES[recipe], optax.sgd(1e-2, momentum=0.9), jnp.ones((32, 64))
+
+    def ours(params, state, x):
+        value, grads = jg.value_and_grad(deep_loss, wrt="layer3")(params, x)
+        trainable, _ = jg.partition(params, "layer3")
+        updates, state = tx.update(grads, state, trainable)
+        return jg.apply_updates(params, updates), state, value
+
+    def by_hand(head, frozen, state, x):
+        value, grad = jax.value_and_grad(lambda h: deep_loss(frozen | {"layer3": h}, x))(head)
+        updates, state = plain.update(grad, state, head)
+        return optax.apply_updates(head, updates), state, value
+
+    tx, plain = make(jg.param_groups({"layer3": sgd})), make(sgd)
+    state = tx.init(jg.partition(LAYERS, "layer3")[0])
+    head, frozen = LAYERS["layer3"], {k: v for k, v in LAYERS.items() if k != "layer3"}
+    expected = flops(by_hand, head, frozen, plain.init(head), x)
+    np.testing.assert_allclose(flops(ours, LAYERS, state, x), expected, rtol=0.05)
+
+
+def test_gradients_from_a_jit_of_their_own_cost_what_they_cost_by_hand():
+    x = jnp.ones((32, 64))
+    by_hand = lambda head, frozen, x: jax.value_and_grad(
+        lambda h: deep_loss(frozen | {"layer3": h}, x)
+    )(head)
+    frozen = {k: v for k, v in LAYERS.items() if k != "layer3"}
+    expected = flops(by_hand, LAYERS["layer3"], frozen, x)
+    ours = flops(jg.value_and_grad(deep_loss, wrt="layer3"), LAYERS, x)
+    np.testing.assert_allclose(ours, expected, rtol=0.05)
+    assert flops(jax.value_and_grad(deep_loss), LAYERS, x) > 2 * expected
