@@ -143,7 +143,7 @@ def prepare(
     rows = frozen.split.rows
     starts = [min(start, total - rows) for start in range(0, total, rows)]
     need = _features.nbytes(specs)
-    place = _place(where, need, budget)
+    place = place_for(where, need, budget)
     frozen.confirm()
     track = _progress(len(starts)) if progress else lambda items: items
     if place == "device":
@@ -180,7 +180,7 @@ def _progress(total: int) -> Callable[[Iterable[int]], Iterable[int]]:
     )
 
 
-def _place(where: str | os.PathLike[str], need: int, budget: int | None) -> str:
+def place_for(where: str | os.PathLike[str], need: int, budget: int | None) -> str:
     """Where so many bytes go: "device", "host" or a folder."""
     if where not in ("auto", "device", "host"):
         return os.fspath(where)
