@@ -295,7 +295,7 @@ def test_what_is_not_staged_is_said_why(eager_to_stage, monkeypatch):
     assert "nothing is staged: " in jg.fit(mixing, params, dataset, tx).staging
     assert jg.fit(loss, params, dataset, optax.sgd(0.1)).staging == "nothing is staged"
     monkeypatch.setattr("jaxgrad._prepare._free", lambda host: 100)
-    assert "more than there is room for" in jg.fit(loss, params, dataset, tx, epochs=4).staging
+    assert "there is no room for that" in jg.fit(loss, params, dataset, tx, epochs=4).staging
     monkeypatch.setattr("jaxgrad._report._COMPILATION", 1e10)
     assert "1 epoch of 22 rows would not gain" in jg.fit(loss, params, dataset, tx).staging
 
