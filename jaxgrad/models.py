@@ -149,14 +149,14 @@ class ViT(nnx.Module):
         rngs: where the initial weights are drawn from.
 
     Example:
-        >>> import jax.numpy as jnp, jaxgrad as jg
+        >>> import jax, jax.numpy as jnp, jaxgrad as jg
         >>> from flax import nnx
         >>> from jaxgrad.models import ViT
-        >>> model = ViT((28, 28, 1), patch=7, width=32, depth=2, heads=2, rngs=nnx.Rngs(0))
-        >>> apply, params = jg.functional(model)
+        >>> make = lambda: ViT((28, 28, 1), patch=7, depth=2, rngs=nnx.Rngs(0))
+        >>> apply, params = jg.functional(nnx.eval_shape(make))  # shapes alone, at no cost
         >>> jg.select(params, ["head/**", "layers/1/**"])["layers"][0]["up"]
         {'bias': False, 'kernel': False}
-        >>> apply(params, jnp.ones((2, 28, 28, 1))).shape
+        >>> jax.eval_shape(apply, params, jnp.ones((2, 28, 28, 1))).shape
         (2, 10)
 
     Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", https://arxiv.org/abs/2010.11929.

@@ -36,8 +36,21 @@ def scalar(loss):
     return first
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("x64", "tolerance"), [(False, 1e-5), (True, 1e-12)])
+def cases():
+    """Every loss in both precisions; of the Transformers one, as each takes a dozen seconds."""
+    for name in CASES:
+        for x64, tolerance in ((False, 1e-5), (True, 1e-12)):
+            slow = "ViT" in name and not (x64 and name == "ViT, last block")
+            yield pytest.param(
+                name,
+                x64,
+                tolerance,
+                marks=[pytest.mark.slow] * slow,
+                id=f"{name}, {'float64' if x64 else 'float32'}",
+            )
+
+
+@pytest.mark.parametrize(("name", "x64", "tolerance"), list(cases()))
 def test_staged_equals_unstaged(name, x64, tolerance):
     # Flax itself mixes dtypes: float32 statistics in a float64 model.
     with jax.enable_x64(x64), jax.numpy_dtype_promotion("standard"):
@@ -68,7 +81,14 @@ def test_staged_equals_unstaged(name, x64, tolerance):
         close(ours, theirs, tolerance)
 
 
-@pytest.mark.parametrize("name", ["ViT, head", "auxiliary outputs", "folded weights"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("ViT, head", marks=pytest.mark.slow),
+        "auxiliary outputs",
+        "folded weights",
+    ],
+)
 def test_a_batch_of_one(name):
     with jax.numpy_dtype_promotion("standard"):
         loss, params, data, wrt = CASES[name]()
