@@ -74,17 +74,21 @@ class Contents:
         """Counts a visit of `name`, a node of `size` further entries, against the limits."""
         if depth > MAX_DEPTH:
             reason = f"nested deeper than {MAX_DEPTH} levels, or inside itself"
-            raise MalformedError(reason, shorten(name))
+            raise MalformedError(reason, _shown(name))
         self._left -= len(name) + _NODE_COST * (1 + size)
         if self._left < 0:
-            raise MalformedError("shared parts give too many names", shorten(name))
+            raise MalformedError("shared parts give too many names", _shown(name))
 
     def add(self, kind: dict[str, Any], name: str, value: Any) -> None:
         """Puts a leaf under its name, which must be new."""
         if name in self._names:
-            raise MalformedError("two entries have this name", shorten(name))
+            raise MalformedError("two entries have this name", _shown(name))
         self._names.add(name)
         kind[name] = value
+
+
+def _shown(name: str) -> str:
+    return shorten(name) or "the saved object"
 
 
 def contents(root: Any) -> Contents:
@@ -106,7 +110,7 @@ def _visit(found: Contents, name: str, node: Any, depth: int) -> None:
     elif node is None or isinstance(node, _SCALARS):
         found.add(found.values, name, node)
     elif isinstance(node, Unreadable):
-        raise MalformedError(node.reason, shorten(name))
+        raise MalformedError(node.reason, _shown(name))
     elif isinstance(node, Object) and _is_module(node.state):
         found.modules[name] = _visit_module(found, name, node, depth)
     else:
@@ -152,7 +156,7 @@ def _visit_module(found: Contents, name: str, node: Object, depth: int) -> Modul
         for key, value in present.items():
             full = _join(name, key)
             if isinstance(value, Unreadable):
-                raise MalformedError(value.reason, shorten(full))
+                raise MalformedError(value.reason, _shown(full))
             if not isinstance(value, Tensor):
                 kind = value.cls if isinstance(value, Object) else type(value).__name__
                 raise MalformedError(
