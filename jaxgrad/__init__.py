@@ -1,1 +1,55 @@
 """Selective differentiation and fine-tuning for JAX, as pure functions on any pytree."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jaxgrad._autograd import GradientError, backward, grad, stop_gradient, value_and_grad
+from jaxgrad._checkpoint import CheckpointError, CheckpointInfo, inspect, load, save
+from jaxgrad._functional import Apply, functional
+from jaxgrad._optim import Assignment, ParamGroups, UpdateError, apply_updates, param_groups
+from jaxgrad._select import MergeError, SelectionError, Wrt, merge, partition, paths, select
+from jaxgrad._train import NonFiniteLossError, StopTraining, TrainState, fit
+
+if TYPE_CHECKING:
+    from jaxgrad import data, models, torch
+
+__all__ = [
+    "Apply",
+    "Assignment",
+    "CheckpointError",
+    "CheckpointInfo",
+    "GradientError",
+    "MergeError",
+    "NonFiniteLossError",
+    "ParamGroups",
+    "SelectionError",
+    "StopTraining",
+    "TrainState",
+    "UpdateError",
+    "Wrt",
+    "apply_updates",
+    "backward",
+    "data",
+    "fit",
+    "functional",
+    "grad",
+    "inspect",
+    "load",
+    "merge",
+    "models",
+    "param_groups",
+    "partition",
+    "paths",
+    "save",
+    "select",
+    "stop_gradient",
+    "torch",
+    "value_and_grad",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # These load Flax, which takes longer than all else together: only when first used.
+    if name in ("data", "models", "torch"):
+        return importlib.import_module(f"jaxgrad.{name}")
+    raise AttributeError(f"module 'jaxgrad' has no attribute {name!r}")

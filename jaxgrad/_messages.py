@@ -1,0 +1,55 @@
+"""The words that errors and tables share: how leaves, sizes and near misses are written."""
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+
+def spec(x: Any) -> str:
+    """Dtype and shape of an array, a number or a `ShapeDtypeStruct`: `float32[3,2]`."""
+    return f"{_dtype(x)}[{','.join(map(str, getattr(x, 'shape', ())))}]"
+
+
+def numel(x: Any) -> int:
+    """How many numbers an array holds; PyTorch's `Tensor.numel`."""
+    return math.prod(getattr(x, "shape", ()))
+
+
+def nbytes(x: Any) -> int:
+    """The bytes that an array takes."""
+    return numel(x) * _dtype(x).itemsize
+
+
+def _dtype(x: Any) -> Any:
+    return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+
+
+def size(n: float) -> str:
+    """A number of bytes: `812 B`, `10.3 kB`, `2.15 GB`."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if n < 1000 or unit == "TB":
+            break
+        n /= 1000
+    return f"{n:.0f} B" if unit == "B" else f"{n:.3g} {unit}"
+
+
+def count(items: Sequence[Any], noun: str, *, verb: bool = True) -> str:
+    """`1 leaf is`, `3 leaves are`."""
+    plural = {"leaf": "leaves"}.get(noun, noun + "s")
+    words = f"{len(items)} {noun if len(items) == 1 else plural}"
+    return words + (" is" if len(items) == 1 else " are") * verb
+
+
+def listed(items: Iterable[str], most: int = 8) -> str:
+    """The first few, and how many more there are."""
+    items = list(items)
+    rest = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + rest
+
+
+def nearest(word: str, candidates: Iterable[str], most: int = 3) -> list[str]:
+    """The candidates that a mistyped word may have meant, best first."""
+    return difflib.get_close_matches(word, list(dict.fromkeys(candidates)), n=most, cutoff=0.6)

@@ -1,0 +1,252 @@
+"""Training as a short loop over jitted chunks.
+
+A chunk is one `lax.scan` over steps, by default an epoch: the loop returns to Python between
+chunks and not between steps, which for a small head is most of the time. Progress, evaluation,
+checkpoints and early stopping are callbacks that run there. An exponential average, a schedule
+or gradient clipping belongs in the Optax transformation; people with a loop of their own lose
+nothing, for the parts that it needs are all public.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxgrad._autograd import split_for_grad, value_and_grad
+from jaxgrad._optim import ParamGroups, apply_updates
+from jaxgrad._select import PyTree, Wrt, flatten, halves, is_array, merge, select
+
+Callback: TypeAlias = Callable[["TrainState"], Mapping[str, float] | None]
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A loss that is infinite or no number; the message names the step and the rows."""
+
+    __module__ = "jaxgrad"
+
+
+class StopTraining(Exception):  # noqa: N818 - it reports no error, as StopIteration
+    """Raised by a callback to end `fit`, which then returns what it has."""
+
+    __module__ = "jaxgrad"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Where a training run stands.
+
+    Attributes:
+        params: all parameters, those frozen as they were given.
+        opt_state: the state of the optimizer, for the trained leaves only.
+        step: the number of steps taken.
+        losses: the loss of each step, `float[step]`.
+        history: a record for each chunk: `step`, `epoch`, the mean `loss`, `rows_per_s`, and
+            what the callbacks returned.
+    """
+
+    params: PyTree
+    opt_state: Any
+    step: int
+    losses: np.ndarray
+    history: tuple[dict[str, float], ...]
+
+
+def fit(
+    loss: Callable[..., Any],
+    params: PyTree,
+    dataset: PyTree,
+    tx: optax.GradientTransformation,
+    *,
+    epochs: int = 1,
+    batch_size: int = 256,
+    key: jax.Array | None = None,
+    wrt: Wrt | None = None,
+    every: int | None = None,
+    callbacks: Sequence[Callback] = (),
+    progress: bool = True,
+) -> TrainState:
+    """Trains the selected parameters on a dataset.
+
+    Args:
+        loss: `loss(params, batch)`, pure, to a real scalar, a mean over the rows of the batch. A
+            loss with an argument named `key` is passed a PRNG key of its own at each step.
+        params: any pytree; it is left as it is.
+        dataset: a pytree of arrays with one first axis, the rows. It is put on the device whole.
+        tx: any Optax transformation.
+        epochs: how often to go through the rows.
+        batch_size: rows a step. A short last batch is a step too, and compiled once.
+        key: a typed PRNG key to shuffle the rows with, anew each epoch. Without one they are
+            taken in their order.
+        wrt: what to train; see `select`. Without it, the groups of `tx` where that comes from
+            `param_groups`, else everything.
+        every: the number of steps between two calls of the callbacks; by default an epoch.
+        callbacks: called with the `TrainState` after each chunk. What they return is added to
+            its record in the history; `StopTraining` ends the run.
+        progress: show a bar, on a terminal.
+
+    Returns:
+        The final `TrainState`.
+
+    Raises:
+        NonFiniteLossError: a loss is infinite or no number.
+        SelectionError: see `select` and `param_groups`.
+        GradientError: see `value_and_grad`.
+        ValueError: the arrays of the dataset differ in their rows, or a number is below 1.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, jaxgrad as jg
+        >>> def loss(params, batch):
+        ...     return jnp.mean((batch["x"] * params["slope"] + params["offset"] - batch["y"]) ** 2)
+        >>> x = jnp.linspace(-1.0, 1.0, 10)
+        >>> start = {"slope": jnp.array(0.0), "offset": jnp.array(1.0)}
+        >>> tx = jg.param_groups({"slope": optax.sgd(0.5)})
+        >>> state = jg.fit(loss, start, {"x": x, "y": 3 * x + 1}, tx, epochs=20, batch_size=4)
+        >>> print(round(float(state.params["slope"]), 3), state.params["offset"], state.step)
+        3.0 1.0 60
+
+    Source: the training loop of the PyTorch tutorials, and Keras's `fit`.
+    """
+    for name, value in {"batch_size": batch_size, "every": every}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}; it must be 1 or more.")
+    rows = _rows(dataset)
+    if wrt is None:
+        wrt = tx.assign(params).wrt if isinstance(tx, ParamGroups) else "**"
+    params = jax.tree.map(lambda x: jnp.asarray(x) if is_array(x) else x, params)
+    trainable, rest = split_for_grad(params, wrt)
+    flat = flatten(rest)
+    frozen, static = halves(flat, [is_array(leaf) for leaf in flat.leaves])
+    run = _compile(loss, select(params, wrt), static, tx)
+
+    # The first chunk takes over the buffers it is given, and these are the caller's.
+    trainable = jax.tree.map(jnp.copy, trainable)
+    carry = (trainable, tx.init(trainable))
+    data = jax.tree.map(jnp.asarray, dataset)
+    losses: list[np.ndarray] = []
+    history: list[dict[str, float]] = []
+    step = 0
+
+    def state(keep: bool) -> TrainState:
+        trainable, opt_state = jax.tree.map(jnp.copy, carry) if keep else carry
+        done = np.concatenate(losses) if losses else np.zeros(0, np.float32)
+        return TrainState(merge(trainable, frozen, static), opt_state, step, done, tuple(history))
+
+    shuffle, noise = (None, None) if key is None else jax.random.split(key)
+    with _bar(epochs * rows, progress) as advance, contextlib.suppress(StopTraining):
+        for epoch in range(epochs):
+            order = np.arange(rows) if shuffle is None else _shuffled(shuffle, epoch, rows)
+            for chunk in _chunks(order, batch_size, every):
+                start = time.perf_counter()
+                carry, values = run(carry, frozen, data, chunk, noise, step)
+                values = np.asarray(values)
+                seconds = time.perf_counter() - start
+                _refuse_non_finite(values, step, epoch, chunk)
+                losses.append(values)
+                step += len(chunk)
+                rate = chunk.size / seconds
+                history.append(
+                    {"step": step, "epoch": epoch, "loss": float(values.mean()), "rows_per_s": rate}
+                )
+                advance(
+                    chunk.size, f"epoch {epoch + 1}  loss {values.mean():.4f}  {rate:,.0f} rows/s"
+                )
+                for callback in callbacks:
+                    history[-1] |= callback(state(keep=True)) or {}
+    return state(keep=False)
+
+
+def _compile(
+    loss: Callable[..., Any], mask: PyTree, static: PyTree, tx: optax.GradientTransformation
+) -> Callable[..., tuple[Any, jax.Array]]:
+    """The jitted chunk; it compiles once for each number of steps and rows in them."""
+    differentiate = value_and_grad(loss, wrt=mask)
+    takes_key = "key" in inspect.signature(loss).parameters
+
+    def run(
+        carry: Any, frozen: PyTree, data: PyTree, chunk: jax.Array, key: Any, first: jax.Array
+    ) -> tuple[Any, jax.Array]:
+        def step(carry: Any, at: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+            trainable, opt_state = carry
+            rows, i = at
+            batch = jax.tree.map(lambda x: x[rows], data)
+            extra = {"key": jax.random.fold_in(key, i)} if takes_key else {}
+            value, grads = differentiate(merge(trainable, frozen, static), batch, **extra)
+            updates, opt_state = tx.update(grads, opt_state, trainable)
+            return (apply_updates(trainable, updates), opt_state), value
+
+        return jax.lax.scan(step, carry, (chunk, first + jnp.arange(len(chunk))))
+
+    jitted = jax.jit(run, donate_argnums=0)
+
+    def checked(carry: Any, frozen: PyTree, data: PyTree, chunk: Any, key: Any, first: int) -> Any:
+        if takes_key and key is None:
+            raise ValueError("the loss takes a key, and fit was given none: fit(..., key=...).")
+        return jitted(carry, frozen, data, chunk, key, first)
+
+    return checked
+
+
+def _rows(dataset: PyTree) -> int:
+    flat = flatten(dataset)
+    sizes = {
+        p: np.shape(x)[0] if np.ndim(x) else 0 for p, x in zip(flat.paths, flat.leaves, strict=True)
+    }
+    if len(set(sizes.values())) != 1 or 0 in sizes.values():
+        found = ", ".join(f"'{path}' {n}" for path, n in sizes.items()) or "no array"
+        raise ValueError(
+            f"the arrays of a dataset share their first axis, its rows; this one has {found}."
+        )
+    return next(iter(sizes.values()))
+
+
+def _shuffled(key: jax.Array, epoch: int, rows: int) -> np.ndarray:
+    return np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), rows))
+
+
+def _chunks(order: np.ndarray, batch_size: int, every: int | None) -> Iterator[np.ndarray]:
+    """Rows of the steps of each chunk, `[steps, batch]`; the short last batch comes by itself."""
+    whole = len(order) // batch_size * batch_size
+    full = order[:whole].reshape(-1, batch_size)
+    every = every or max(len(full), 1)
+    for start in range(0, len(full), every):
+        yield full[start : start + every]
+    if whole < len(order):
+        yield order[None, whole:]
+
+
+def _refuse_non_finite(values: np.ndarray, step: int, epoch: int, chunk: np.ndarray) -> None:
+    bad = np.flatnonzero(~np.isfinite(values))
+    if not len(bad):
+        return
+    first = int(bad[0])
+    shown = ", ".join(map(str, chunk[first][:6])) + ", ..." * (chunk.shape[1] > 6)
+    before = f" The loss before it was {values[first - 1]:.6g}." if first else ""
+    raise NonFiniteLossError(
+        f"the loss is {values[first]} at step {step + first} (epoch {epoch + 1}, rows {shown} of "
+        f"the dataset).{before} Look at these rows, lower the learning rate, or clip the "
+        "gradients (optax.clip_by_global_norm)."
+    )
+
+
+@contextlib.contextmanager
+def _bar(total: int, show: bool) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar on standard error, where that is a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not (show and console.is_terminal):
+        yield lambda rows, text: None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("compiling", total=total)
+        yield lambda rows, text: bar.update(task, advance=rows, description=text)

@@ -1,0 +1,71 @@
+"""The `jaxgrad` command: one file per subcommand, each a dataclass of its options and a `run`.
+
+What a user got wrong ends in one line on standard error and exit status 1 (2 where it is the
+command line itself); a traceback means a fault of ours.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+_DESCRIPTION = """\
+Selective differentiation and fine-tuning for JAX.
+
+Start with `jaxgrad finetune`: it trains an MLP on the handwritten digits 0 to 4, freezes all
+but its head, and re-trains that on the digits 5 to 9. Nothing is downloaded, and it takes less
+than a minute. `jaxgrad inspect runs/finetuned` then shows what was trained and what was not,
+and `jaxgrad predict picture.png` reads a digit with the result.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status.
+
+    Args:
+        argv: the arguments, by default those of the process.
+
+    Returns:
+        0, or 1 after an error that the user can mend; a wrong command line exits with 2.
+
+    Example:
+        >>> from jaxgrad.cli import main
+        >>> main(["inspect", "nowhere"])    # doctest: +SKIP
+        1
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv == ["--version"]:
+        print(f"jaxgrad {metadata.version('jaxgrad')}")
+        return 0
+    try:
+        import tyro
+
+        from jaxgrad.cli.convert import Convert
+        from jaxgrad.cli.finetune import Finetune
+        from jaxgrad.cli.inspect import Inspect
+        from jaxgrad.cli.predict import Predict
+        from jaxgrad.cli.pretrain import Pretrain
+    except ModuleNotFoundError as e:
+        return _fail(f"the command needs '{e.name}': pip install 'jaxgrad[cli]'")
+    commands = {
+        "finetune": Finetune,
+        "pretrain": Pretrain,
+        "predict": Predict,
+        "inspect": Inspect,
+        "convert": Convert,
+    }
+    command = tyro.extras.subcommand_cli_from_dict(
+        commands, prog="jaxgrad", description=_DESCRIPTION, args=argv
+    )
+    try:
+        command.run()
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except (ValueError, OSError, ArithmeticError, ModuleNotFoundError) as e:
+        # What the library raises for bad input says what to do, and is all that helps here.
+        return _fail(str(e))
+    return 0
+
+
+def _fail(message: str, status: int = 1) -> int:
+    print(f"jaxgrad: {' '.join(message.split())}", file=sys.stderr)
+    return status

@@ -1,0 +1,194 @@
+"""The classifier that the commands train: its loss, and its way to disk and back."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxgrad as jg
+from jaxgrad import data
+from jaxgrad._select import flatten
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """A model as its pure function and parameters, and what it takes to build it again.
+
+    Attributes:
+        apply: the model; in training, too, it is used in inference mode.
+        params: its parameters.
+        config: how it is built, in words that JSON has.
+        shape: the shape of one input.
+    """
+
+    apply: jg.Apply
+    params: Any
+    config: Mapping[str, Any]
+    shape: tuple[int, ...]
+
+    @classmethod
+    def create(cls, hidden: Sequence[int], features: int, classes: int, seed: int) -> "Classifier":
+        """The MLP of `jaxgrad pretrain`."""
+        from flax import nnx
+
+        config = {
+            "model": "mlp",
+            "hidden": list(hidden),
+            "features": int(features),
+            "classes": int(classes),
+        }
+        model = jg.models.MLP(features, hidden, classes, rngs=nnx.Rngs(seed))
+        return cls(*jg.functional(model), config, (features,))
+
+    @classmethod
+    def from_torch(cls, source: "jg.torch.Checkpoint", forward: Sequence[str]) -> "Classifier":
+        """The model of a whole-module file, with images as inputs."""
+        apply, params = jg.functional(
+            jg.torch.from_module(source, forward=_steps(source, forward) or None)
+        )
+        shape, classes = _image_shape(apply, params)
+        assert source.module is not None  # from_module has seen to it
+        config = {
+            "model": "torch",
+            "module": _plain(source.module),
+            "forward": list(forward),
+            "features": int(np.prod(shape)),
+            "classes": classes,
+        }
+        return cls(apply, params, config, shape)
+
+    @classmethod
+    def load(cls, path: Path, forward: Sequence[str] = ()) -> "Classifier":
+        """A model that a command saved, or that a PyTorch file holds."""
+        if path.is_file():
+            return cls.from_torch(jg.torch.read(path), forward)
+        info = jg.inspect(path)
+        kind = info.config.get("model")
+        if kind == "mlp":
+            blank = cls.create(
+                info.config["hidden"], info.config["features"], info.config["classes"], seed=0
+            )
+            return dataclasses.replace(blank, params=jg.load(path, into=blank.params))
+        if kind != "torch":
+            raise jg.CheckpointError(
+                f"'{path}' was not saved by `jaxgrad pretrain` or `jaxgrad finetune`, so how to "
+                "build its model is not known."
+            )
+        tensors = jg.torch.to_torch(read_tree(path))
+        module = _module(info.config["module"])
+        source = jg.torch.Checkpoint(path, "orbax", tensors, module=module)
+        return cls.from_torch(source, info.config["forward"])
+
+    def save(
+        self, path: Path, params: Any, trained: Sequence[str], *, overwrite: bool, **record: Any
+    ) -> None:
+        """Saves parameters and statistics, and what `load` needs."""
+        tree = _joined(params, self.apply.stats)
+        config = {**self.config, **record}
+        wrt = (lambda p, _: p in trained) if trained else None
+        jg.save(path, tree, wrt=wrt, config=config, overwrite=overwrite)
+
+    def logits(self, params: Any, images: Any) -> jax.Array:
+        """The outputs for images of any layout that has the right number of pixels."""
+        return self.apply(params, images.reshape(-1, *self.shape))
+
+    def loss(self, params: Any, batch: data.Dataset) -> jax.Array:
+        """Mean cross entropy."""
+        logits = self.logits(params, batch["image"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+
+    def predict(self, params: Any, images: np.ndarray) -> np.ndarray:
+        """Probabilities, `float32[rows, classes]`."""
+        return np.asarray(jax.nn.softmax(jax.jit(self.logits)(params, jnp.asarray(images))))
+
+    def accuracy(self, params: Any, rows: data.Dataset) -> float:
+        """The share of rows whose likeliest class is their label."""
+        return float((self.predict(params, rows["image"]).argmax(1) == rows["label"]).mean())
+
+    def check(self, rows: data.Dataset) -> None:
+        """Refuses rows that the model has no input or no output for."""
+        features, top = rows["image"][0].size, int(rows["label"].max())
+        if features != self.config["features"] or top >= self.config["classes"]:
+            raise data.DataError(
+                f"the data has images of {features} pixels and labels up to {top}; the model takes "
+                f"{self.config['features']} and tells {self.config['classes']} classes apart."
+            )
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """All arrays of a checkpoint, as nested dicts of their paths."""
+    return jg.load(path, into=_nest(jg.inspect(path).leaves))
+
+
+def _joined(params: Any, stats: Any) -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for flat in map(flatten, (params, stats)):
+        leaves |= dict(zip(flat.paths, flat.leaves, strict=True))
+    return _nest(leaves)
+
+
+def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    from flax.traverse_util import unflatten_dict
+
+    return unflatten_dict(dict(leaves), sep="/")
+
+
+def _steps(source: "jg.torch.Checkpoint", forward: Sequence[str]) -> list[Any]:
+    """Names of layers as they are, names of functions of `jax.nn` as the functions."""
+    names = source.module.children if source.module else {}
+    steps: list[Any] = []
+    for name in forward:
+        if name.partition(".")[0] in names:
+            steps.append(name)
+        elif name == "flatten":
+            steps.append(jg.torch.Flatten())
+        elif hasattr(jax.nn, name):
+            steps.append(getattr(jax.nn, name))
+        else:
+            raise ValueError(
+                f"--forward {name}: neither a layer of the module ({', '.join(names)}), nor "
+                "flatten, nor a function of jax.nn."
+            )
+    return steps
+
+
+def _image_shape(apply: jg.Apply, params: Any) -> tuple[tuple[int, ...], int]:
+    """The layout of a 28 x 28 image that the model takes, and how many classes it tells apart."""
+    for shape in ((784,), (28, 28, 1), (28, 28)):
+        image = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+        try:
+            out = jax.eval_shape(apply, params, image)
+        except (TypeError, ValueError):  # what a layer says to an input of another shape
+            continue
+        if out.ndim == 2 and out.shape[0] == 2:
+            return shape, out.shape[1]
+    raise data.DataError(
+        "the module does not classify images of 28 x 28: it takes neither [rows, 784], nor "
+        "[rows, 28, 28, 1], nor [rows, 28, 28], to [rows, classes]."
+    )
+
+
+def _plain(module: "jg.torch.Module") -> dict[str, Any]:
+    """The structure of a module as JSON has it; `_module` is the way back."""
+    return {
+        "cls": module.cls,
+        "config": {k: list(v) if isinstance(v, tuple) else v for k, v in module.config.items()},
+        "children": {name: _plain(child) for name, child in module.children.items()},
+        "parameters": list(module.parameters),
+        "buffers": list(module.buffers),
+    }
+
+
+def _module(plain: Mapping[str, Any]) -> "jg.torch.Module":
+    return jg.torch.Module(
+        plain["cls"],
+        {k: tuple(v) if isinstance(v, list) else v for k, v in plain["config"].items()},
+        {name: _module(child) for name, child in plain["children"].items()},
+        tuple(plain["parameters"]),
+        tuple(plain["buffers"]),
+    )

@@ -1,0 +1,73 @@
+"""`jaxgrad convert`: between PyTorch's files and Orbax checkpoints."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+import jaxgrad as jg
+from jaxgrad.cli._classifier import Classifier, read_tree
+
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Turn a PyTorch file into an Orbax checkpoint, a safetensors file or a state dict, or back.
+
+    OUT ends in .safetensors for safetensors, in .pt, .pth or .bin for a state dict, and is a
+    directory for Orbax otherwise. PyTorch is not needed, and the code in a file is not run.
+
+    From PyTorch to Orbax, a whole module whose layers run in a known order becomes a Flax model:
+    paths by its names, kernels in Flax's layout, and `jaxgrad finetune --from OUT` takes it. Of a
+    bare state dict nobody knows the layer types, so it keeps PyTorch's names and layouts; to put
+    it into a Flax model use jaxgrad.torch.load_into. From Orbax to PyTorch, layouts go by the
+    names that Flax gives its leaves.
+    """
+
+    source: tyro.conf.Positional[Path]
+    """A PyTorch file, or the directory of a checkpoint."""
+    out: tyro.conf.Positional[Path]
+    """What to write."""
+    part: str = ""
+    """Of a training checkpoint, the part to take: "model", "state_dict.encoder"."""
+    forward: tuple[str, ...] = ()
+    """How the layers of a module run, where that can't be known; see `finetune`."""
+    overwrite: bool = False
+    """Replace what is at OUT."""
+
+    def run(self) -> None:
+        """Reads, converts, writes."""
+        from rich.console import Console
+
+        if self.out.exists() and not self.overwrite:
+            raise FileExistsError(f"'{self.out}' exists; pass --overwrite to replace it.")
+        to_torch = self.out.suffix in _TORCH_SUFFIXES
+        if not self.source.is_file():
+            if not to_torch:
+                raise ValueError(
+                    f"'{self.source}' is a checkpoint already; let OUT end in one of "
+                    f"{', '.join(_TORCH_SUFFIXES)}."
+                )
+            jg.torch.save_torch(read_tree(self.source), self.out)
+            how = "layouts by the names of the leaves"
+        else:
+            file = jg.torch.read(self.source)
+            file = file.sub(self.part) if self.part else file
+            how = self._tensors(file) if to_torch or file.module is None else self._model(file)
+        Console().print(f"Wrote {self.out}: {how}", markup=False)
+
+    def _tensors(self, file: "jg.torch.Checkpoint") -> str:
+        if self.out.suffix in _TORCH_SUFFIXES:
+            jg.torch.save_tensors(file.tensors, self.out)
+        else:
+            tree: dict[str, Any] = {n.replace(".", "/"): x for n, x in file.tensors.items()}
+            config = {"layout": "torch"}
+            jg.save(self.out, tree, config=config, overwrite=self.overwrite)
+        return f"{len(file.tensors)} tensors, in PyTorch's names and layouts"
+
+    def _model(self, file: "jg.torch.Checkpoint") -> str:
+        model = Classifier.from_torch(file, self.forward)
+        model.save(self.out, model.params, (), overwrite=self.overwrite)
+        return f"a Flax model, {len(jg.paths(model.params))} parameters in Flax's layouts"

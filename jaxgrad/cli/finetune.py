@@ -1,0 +1,125 @@
+"""`jaxgrad finetune`: freeze a model but for a part, and re-train that."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import optax
+import tyro
+
+import jaxgrad as jg
+from jaxgrad import data
+from jaxgrad.cli._classifier import Classifier
+from jaxgrad.cli._table import table
+from jaxgrad.cli.pretrain import Pretrain, digits_or_files
+
+_PRETRAINED = Path("runs/pretrained")
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetune:
+    """Freeze a pretrained model but for its head, and re-train that on other digits.
+
+    What is trained is said by patterns over the paths of the parameters: --train "head/**" trains
+    the head, --train "head/**" "layers/2/**" the last hidden layer too, and --train "**/bias" all
+    biases. `jaxgrad inspect MODEL` lists the paths. Everything else is frozen: no gradient, no
+    optimizer state, and the same bits afterwards.
+
+    --from also takes a PyTorch file that holds a whole module (mnist_model.pt), without PyTorch
+    and without running its code. Where the file can't tell how the layers run, say it:
+    --forward flatten fc1 relu fc2 relu fc3, with layers by name and functions of jax.nn.
+    """
+
+    source: Annotated[Path | None, tyro.conf.arg(name="from", metavar="PATH")] = None
+    """The pretrained model. Without it runs/pretrained, made by `jaxgrad pretrain` if missing."""
+    out: Path = Path("runs/finetuned")
+    """Directory to save the model in. An earlier model of that name is replaced."""
+    train: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATTERN ...")] = ()
+    """Patterns of the parameters to train; "!pattern" excludes. By default the last layer."""
+    forward: Annotated[tuple[str, ...], tyro.conf.arg(metavar="STEP ...")] = ()
+    """How the layers of a PyTorch file run, where that can't be known."""
+    data: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """MNIST or Fashion-MNIST: a directory with the four IDX files, or an .npz file."""
+    classes: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...")] = (5, 6, 7, 8, 9)
+    """Labels to re-train on."""
+    epochs: int = 20
+    """How often to go through the rows."""
+    batch_size: int = 64
+    """Rows a step."""
+    learning_rate: float = 1e-2
+    """Of SGD."""
+    momentum: float = 0.9
+    """Of SGD."""
+    seed: int = 0
+    """Of the shuffling."""
+
+    def run(self) -> None:
+        """Loads, re-trains, reports and saves."""
+        from rich.console import Console
+
+        if self.epochs < 1:
+            raise ValueError(f"--epochs {self.epochs}; it must be 1 or more.")
+        console = Console(soft_wrap=True)
+        source = self.source or _PRETRAINED
+        if self.source is None and not source.exists():
+            Pretrain(data=self.data, seed=self.seed).run()
+        model = Classifier.load(source, self.forward)
+        train, test = digits_or_files(self.data, self.classes)
+        model.check(train)
+        if source.is_file():
+            seen = model.predict(model.params, data.noise(12, seed=self.seed)["image"]).argmax(1)
+            console.print(f"Predictions on noise: {' '.join(map(str, seen))}")
+
+        sgd = optax.sgd(self.learning_rate, momentum=self.momentum)
+        tx = jg.param_groups([(list(self.train or [_last_layer(model)]), sgd)])
+        assignment = tx.assign(model.params)
+        (trained,) = assignment.groups.values()
+        leaves = dict(zip(jg.paths(model.params), jax.tree.leaves(model.params), strict=True))
+        console.print(table(str(source), leaves, trained))
+
+        before = model.accuracy(model.params, test)
+        state = jg.fit(
+            model.loss,
+            model.params,
+            train,
+            tx,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            key=jax.random.key(self.seed),
+        )
+        after = model.accuracy(state.params, test)
+        losses = [steps.mean() for steps in np.array_split(state.losses, self.epochs)]
+        console.print(
+            f"Trained on {len(train['label']):,} rows, labels {' '.join(map(str, self.classes))}: "
+            f"mean loss {losses[0]:.3f} in the first epoch, {losses[-1]:.3f} in epoch {self.epochs}"
+        )
+        console.print(
+            f"Accuracy on {len(test['label']):,} other rows: "
+            f"[bold]{before:.1%}[/] before, [bold]{after:.1%}[/] after"
+        )
+        model.save(
+            self.out,
+            state.params,
+            list(trained),
+            overwrite=True,
+            accuracy=after,
+            trained_on=list(self.classes),
+        )
+        console.print(f"Saved in {self.out}")
+
+
+def _last_layer(model: Classifier) -> str:
+    """The pattern of our models' head, or of the last layer of another's that has parameters."""
+    if model.config["model"] == "mlp":
+        return "head/**"
+    owners = {path.rpartition("/")[0] for path in jg.paths(model.params)}
+    return [layer for layer in _layers(model.config["module"]) if layer in owners][-1] + "/**"
+
+
+def _layers(module: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    for name, child in module["children"].items():
+        yield f"{path}{name}"
+        yield from _layers(child, f"{path}{name}/")

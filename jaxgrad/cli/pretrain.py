@@ -1,0 +1,82 @@
+"""`jaxgrad pretrain`: a model to fine-tune."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import optax
+import tyro
+
+import jaxgrad as jg
+from jaxgrad import data
+from jaxgrad.cli._classifier import Classifier
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrain:
+    """Train an MLP on handwritten digits, by default 0 to 4, and save it.
+
+    The saved model is what `jaxgrad finetune` starts from. All its parameters are trained, with
+    SGD and momentum. Without --data the digits are the 1,797 that come with scikit-learn.
+    """
+
+    out: Path = Path("runs/pretrained")
+    """Directory to save the model in."""
+    data: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """MNIST or Fashion-MNIST: a directory with the four IDX files, or an .npz file."""
+    classes: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...")] = (0, 1, 2, 3, 4)
+    """Labels to train on."""
+    hidden: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...")] = (512, 512, 256)
+    """Widths of the hidden layers."""
+    epochs: int = 20
+    """How often to go through the rows."""
+    batch_size: int = 64
+    """Rows a step."""
+    learning_rate: float = 1e-2
+    """Of SGD."""
+    momentum: float = 0.9
+    """Of SGD."""
+    seed: int = 0
+    """Of the initial weights and the shuffling."""
+    overwrite: bool = False
+    """Replace the model that is in --out."""
+
+    def run(self) -> None:
+        """Trains, reports and saves."""
+        from rich.console import Console
+
+        console = Console(soft_wrap=True)
+        train, test = digits_or_files(self.data, self.classes)
+        outputs = max(10, *(c + 1 for c in self.classes))
+        pixels = train["image"][0].size
+        model = Classifier.create(self.hidden, pixels, outputs, self.seed)
+        console.print(
+            f"Pretraining on {len(train['label']):,} rows, labels "
+            f"{' '.join(map(str, self.classes))}, for {self.epochs} epochs."
+        )
+        state = jg.fit(
+            model.loss,
+            model.params,
+            train,
+            optax.sgd(self.learning_rate, momentum=self.momentum),
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            key=jax.random.key(self.seed),
+        )
+        accuracy = model.accuracy(state.params, test)
+        console.print(f"Accuracy on {len(test['label']):,} other rows: [bold]{accuracy:.1%}[/]")
+        model.save(
+            self.out,
+            state.params,
+            jg.paths(state.params),
+            overwrite=self.overwrite,
+            accuracy=accuracy,
+            trained_on=list(self.classes),
+        )
+        console.print(f"Saved in {self.out}")
+
+
+def digits_or_files(path: Path | None, classes: tuple[int, ...]) -> data.Splits:
+    """The embedded digits, or the files that the user names."""
+    return data.digits(classes) if path is None else data.mnist(path, classes)

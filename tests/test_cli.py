@@ -1,0 +1,205 @@
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import jaxgrad as jg
+from jaxgrad import data
+from jaxgrad.cli import main
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A directory in which a small model was pretrained and fine-tuned."""
+    path = tmp_path_factory.mktemp("runs")
+    fast = ["--batch-size", "32", "--learning-rate", "0.1"]
+    pretrained, finetuned = str(path / "pretrained"), str(path / "finetuned")
+    assert main(["pretrain", "--hidden", "16", "--epochs", "2", "--out", pretrained, *fast]) == 0
+    assert main(["finetune", "--from", pretrained, "--out", finetuned, "--epochs", "3", *fast]) == 0
+    return path
+
+
+def output(capsys, *argv):
+    status = main([str(arg) for arg in argv])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def flat(path):
+    info = jg.inspect(path)
+    tree = jg.load(path, into=dict(info.leaves))
+    return tree
+
+
+def test_finetune_moves_the_head_and_nothing_else(runs):
+    before, after = flat(runs / "pretrained"), flat(runs / "finetuned")
+    moved = {path for path in before if (before[path] != after[path]).any()}
+    assert moved == {"head/bias", "head/kernel"} == set(jg.inspect(runs / "finetuned").trained)
+    assert jg.inspect(runs / "pretrained").config["accuracy"] > 0.6
+    assert jg.inspect(runs / "finetuned").config["accuracy"] > 0.4
+
+
+def test_finetune_reports_what_it_trains(runs, capsys):
+    argv = ["finetune", "--from", runs / "pretrained", "--out", runs / "b", "--epochs", "1"]
+    status, out, err = output(capsys, *argv, "--train", "**/bias", "!head/**")
+    assert status == 0 and err == ""
+    assert "16 trained and 12,714 frozen" in out
+    assert "0.0% before" in out
+    assert "mean loss" in out
+    assert jg.inspect(runs / "b").trained == ("layers/0/bias",)
+
+
+def test_finetune_pretrains_where_there_is_nothing_to_start_from(tmp_path, monkeypatch, capsys):
+    from jaxgrad.cli import pretrain
+
+    small = dict(hidden=(8,), epochs=1)
+    real = pretrain.Pretrain
+    monkeypatch.setattr("jaxgrad.cli.finetune.Pretrain", lambda **kw: real(**kw, **small))
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = output(capsys, "finetune", "--epochs", "1")
+    assert status == 0
+    assert out.index("Pretraining on 720 rows") < out.index("Accuracy on 180 other rows")
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["finetuned", "pretrained"]
+    status, out, _ = output(capsys, "finetune", "--epochs", "1")  # and then starts from it
+    assert status == 0 and "Pretraining" not in out
+
+
+def test_inspect(runs, capsys):
+    status, out, err = output(capsys, "inspect", runs / "finetuned")
+    assert status == 0 and err == ""
+    rows = [line.split("│")[1:-1] for line in out.splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["head/bias", "10", "float32", "40 B", "trained"],
+        ["head/kernel", "16 x 10", "float32", "640 B", "trained"],
+        ["layers/0/bias", "16", "float32", "64 B", "frozen"],
+        ["layers/0/kernel", "784 x 16", "float32", "50.2 kB", "frozen"],
+    ]
+    assert "trained_on: [5, 6, 7, 8, 9]" in out
+
+
+def predicted(out):
+    rows = [line.split("│")[1:-1] for line in out.splitlines() if line.startswith("│")]
+    return [int(row[2]) for row in rows]
+
+
+def test_predict_reads_pictures_and_arrays(runs, tmp_path, capsys):
+    images = data.digits().test["image"][:4]
+    whole = (images * 255).astype(np.uint8)
+    Image.fromarray(whole[0]).resize((56, 56)).convert("RGB").save(tmp_path / "a.png")
+    Image.fromarray(255 - whole[0]).save(tmp_path / "ink.png")
+    np.save(tmp_path / "many.npy", images)
+    np.save(tmp_path / "flat.npy", images.reshape(4, 784))
+    np.savez(tmp_path / "bytes.npz", whole)
+    model = ["predict", "--from", runs / "pretrained"]
+
+    def read(*argv):
+        status, out, err = output(capsys, *model, *argv)
+        assert status == 0 and err == ""
+        return predicted(out)
+
+    many = read(tmp_path / "many.npy")
+    assert len(many) == 4
+    assert many == read(tmp_path / "flat.npy") == read(tmp_path / "bytes.npz")
+    assert read(tmp_path / "a.png") == read("--invert", tmp_path / "ink.png") == many[:1]
+    assert read(tmp_path / "a.png", tmp_path / "many.npy") == many[:1] + many
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["inspect", "{}/nowhere"], "no checkpoint at '{}/nowhere': there is no such directory."),
+        (["inspect", "{}"], "'{}' is no Orbax checkpoint, or a damaged one."),
+        (["predict", "--from", "{}/pretrained"], "name at least one image or array file."),
+        (["predict", "--from", "{}/pretrained", "{}/no.png"], "no file '{}/no.png'."),
+        (
+            ["predict", "--from", "{}/pretrained", "{}/text.png"],
+            "'{}/text.png' can't be read: cannot",
+        ),
+        (["predict", "--from", "{}/pretrained", "{}/small.npy"], "holds [5, 5]; the model takes"),
+        (
+            ["predict", "--from", "{}/pretrained", "{}/wild.npy"],
+            "holds numbers from -3 to -3; images",
+        ),
+        (["predict", "--from", "{}/pretrained", "{}/two.npz"], "it holds a, b; expected one array"),
+        (["predict", "--from", "{}/other", "{}/small.npy"], "was not saved by `jaxgrad pretrain`"),
+        (["finetune", "--from", "{}/nowhere"], "no checkpoint at '{}/nowhere'"),
+        (
+            ["finetune", "--from", "{}/pretrained", "--train", "haed/**"],
+            "wrt pattern 'haed/**' matches no leaf. Did you mean 'head/**'",
+        ),
+        (["finetune", "--from", "{}/pretrained", "--train"], "takes a --train pattern"),
+        (
+            ["finetune", "--from", "{}/pretrained", "--out", "{}/x", "--learning-rate", "1e38"],
+            "at step",
+        ),
+        (
+            ["finetune", "--from", "{}/pretrained", "--data", "{}/mnist"],
+            "no data at '{}/mnist': there is no such file or directory.",
+        ),
+        (["pretrain", "--classes", "12"], "classes=[12] leaves no digit; they are 0 to 9."),
+        (
+            ["pretrain", "--hidden", "4", "--epochs", "1", "--out", "{}/pretrained"],
+            "'{}/pretrained' exists. Choose another path, or pass overwrite=True.",
+        ),
+    ],
+)
+def test_user_errors_are_one_line_and_status_one(runs, capsys, argv, text):
+    (runs / "text.png").write_text("not a picture")
+    np.save(runs / "small.npy", np.ones((5, 5)))
+    np.save(runs / "wild.npy", np.full((28, 28), -3.0))
+    np.savez(runs / "two.npz", a=np.ones(2), b=np.ones(2))
+    if not (runs / "other").exists():
+        jg.save(runs / "other", {"w": np.ones(2)})
+    status, _, err = output(capsys, *(arg.format(runs) for arg in argv))
+    assert status == 1
+    assert err.startswith("jaxgrad: ") and err.count("\n") == 1
+    assert text.format(runs) in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "status"), [(["--help"], 0), (["finetune", "--help"], 0), (["fintune"], 2), ([], 2)]
+)
+def test_command_line_errors_and_help(capsys, argv, status):
+    with pytest.raises(SystemExit) as info:
+        main(argv)
+    assert info.value.code == status
+    out, err = capsys.readouterr()
+    assert ("finetune" in out) if status == 0 else ("finetune" in err + out)
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert main(["inspect", "x"]) == 1
+    assert (
+        capsys.readouterr().err == "jaxgrad: the command needs 'tyro': pip install 'jaxgrad[cli]'\n"
+    )
+
+
+def test_version(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.2.3")
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == "jaxgrad 1.2.3\n"
+
+
+def test_interruption_is_no_traceback(monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jg, "inspect", interrupt)
+    assert main(["inspect", "x"]) == 130
+    assert capsys.readouterr().err == "jaxgrad: interrupted\n"
+
+
+def test_import_does_not_load_what_it_may_not_need():
+    code = (
+        "import sys, jaxgrad\n"
+        "heavy = {'flax', 'orbax', 'torch', 'rich', 'networkx', 'sklearn', 'tyro', 'matplotlib'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
+    assert jax.__name__ in sys.modules

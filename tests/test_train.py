@@ -1,0 +1,230 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jaxgrad as jg
+from jaxgrad.models import MLP
+
+KEY = jax.random.key(0)
+ROWS = 22
+
+
+def make():
+    apply, params = jg.functional(MLP(6, (5, 4), 3, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    dataset = {
+        "x": rng.normal(size=(ROWS, 6)).astype(np.float32),
+        "y": rng.integers(0, 3, ROWS).astype(np.int32),
+    }
+
+    def loss(params, batch):
+        logits = apply(params, batch["x"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+
+    return loss, params, dataset
+
+
+def by_hand(loss, params, dataset, tx, wrt, orders, batch_size):
+    """The same training, a step at a time, without anything of fit's."""
+    trainable, _ = jg.partition(params, wrt)
+    state, losses = tx.init(trainable), []
+    for order in orders:
+        for start in range(0, ROWS, batch_size):
+            batch = {name: a[order[start : start + batch_size]] for name, a in dataset.items()}
+            value, grads = jg.value_and_grad(loss, wrt)(params, batch)
+            updates, state = tx.update(grads, state, jg.partition(params, wrt)[0])
+            params = jg.apply_updates(params, updates)
+            losses.append(value)
+    return params, np.array(losses)
+
+
+def equal(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+@pytest.mark.parametrize("every", [None, 1, 2, 100])
+def test_fit_takes_every_row_and_gives_what_a_loop_gives(every):
+    loss, params, dataset = make()
+    tx = jg.param_groups({"head/**": optax.sgd(0.1, momentum=0.9)})
+    state = jg.fit(loss, params, dataset, tx, epochs=3, batch_size=5, every=every)
+    expected, losses = by_hand(loss, params, dataset, tx, "head/**", [np.arange(ROWS)] * 3, 5)
+    assert state.step == len(state.losses) == 15  # four batches of 5 and one of 2, three times
+    np.testing.assert_allclose(state.losses, losses, rtol=1e-5)
+    equal(state.params, expected, rtol=1e-5, atol=1e-7)
+    for layer in (0, 1):
+        for leaf, value in params["layers"][layer].items():
+            np.testing.assert_array_equal(state.params["layers"][layer][leaf], value)
+    assert not [path for path in jg.paths(state.opt_state) if "layers" in path]
+
+
+def test_shuffling_is_by_the_key_and_takes_each_row_once_an_epoch():
+    loss, params, dataset = make()
+    run = lambda key: jg.fit(loss, params, dataset, optax.sgd(0.1), epochs=2, batch_size=5, key=key)
+    a, b, c = run(KEY), run(KEY), run(jax.random.key(1))
+    np.testing.assert_array_equal(a.losses, b.losses)
+    equal(a.params, b.params, rtol=0)
+    assert (a.losses != c.losses).any()
+
+    rows = {"x": jnp.arange(float(ROWS))}
+    tx = optax.sgd(1.0)
+    taken = jg.fit(lambda p, b: p * b["x"].sum(), jnp.array(0.0), rows, tx, batch_size=5, key=KEY)
+    assert -taken.params == ROWS * (ROWS - 1) / 2
+
+
+def test_wrt_comes_from_the_groups_or_is_given():
+    loss, params, dataset = make()
+    moved = lambda state: [
+        path
+        for path, a, b in zip(
+            jg.paths(params), *map(jax.tree.leaves, (params, state.params)), strict=True
+        )
+        if (a != b).any()
+    ]
+    head = ["head/bias", "head/kernel"]
+    assert (
+        moved(jg.fit(loss, params, dataset, jg.param_groups({"head/**": optax.sgd(0.1)}))) == head
+    )
+    assert moved(jg.fit(loss, params, dataset, optax.sgd(0.1, momentum=0.9), wrt="head/**")) == head
+    assert moved(jg.fit(loss, params, dataset, optax.sgd(0.1))) == jg.paths(params)
+
+
+def test_the_callers_parameters_stay_usable():
+    loss, params, dataset = make()
+    before = jax.tree.map(np.array, params)
+    kept = []
+    jg.fit(loss, params, dataset, optax.sgd(0.1), epochs=3, callbacks=[kept.append])
+    equal(params, before, rtol=0)
+    assert all(np.isfinite(np.asarray(s.params["head"]["bias"])).all() for s in kept)
+
+
+def test_a_loss_with_a_key_gets_a_new_one_each_step():
+    def loss(p, batch, key):
+        return p + jax.random.normal(key) + 0 * batch["x"].sum()
+
+    dataset = {"x": jnp.ones(6)}
+    run = lambda key: jg.fit(
+        loss, jnp.array(0.0), dataset, optax.sgd(0.0), batch_size=2, epochs=2, key=key
+    )
+    state = run(KEY)
+    assert len(set(state.losses.tolist())) == 6
+    np.testing.assert_array_equal(state.losses, run(KEY).losses)
+    with pytest.raises(ValueError, match=r"the loss takes a key, and fit was given none"):
+        run(None)
+
+
+def test_callbacks_add_to_the_history_and_can_stop():
+    loss, params, dataset = make()
+
+    def evaluate(state):
+        if state.step >= 6:
+            raise jg.StopTraining
+        return {"steps_seen": state.step}
+
+    state = jg.fit(
+        loss,
+        params,
+        dataset,
+        optax.sgd(0.1),
+        epochs=9,
+        batch_size=11,
+        every=2,
+        callbacks=[evaluate],
+    )
+    assert state.step == 6 and len(state.losses) == 6
+    assert [r.get("steps_seen") for r in state.history] == [2, 4, None]
+    assert [r["epoch"] for r in state.history] == [0, 1, 2]
+    np.testing.assert_allclose(
+        [r["loss"] for r in state.history], state.losses.reshape(3, 2).mean(1)
+    )
+
+
+def test_a_chunk_compiles_once_whatever_the_number_of_epochs():
+    traces = []
+    loss, params, dataset = make()
+
+    def counted(p, batch):
+        traces.append(batch["x"].shape)
+        return loss(p, batch)
+
+    jg.fit(counted, params, dataset, optax.sgd(0.1), epochs=5, batch_size=5, key=KEY)
+    assert set(traces) == {(5, 6), (2, 6)}
+    assert len(traces) == len(set(traces))
+
+
+@pytest.mark.parametrize("model", ["nnx", "equinox"])
+def test_modules_train_as_they_are(model):
+    _, _, dataset = make()
+    if model == "nnx":
+        params = MLP(6, (5,), 3, rngs=nnx.Rngs(0))
+        call, head = lambda m, x: m(x), "head/**"
+    else:
+        params = eqx.nn.MLP(6, 3, 5, 1, key=KEY)
+        head = "layers/1/**"
+        call = lambda m, x: jax.vmap(m)(x)
+
+    def loss(m, batch):
+        logits = call(m, batch["x"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+
+    state = jg.fit(
+        loss, params, dataset, jg.param_groups({head: optax.sgd(0.5)}), epochs=30, batch_size=11
+    )
+    assert type(state.params) is type(params)
+    assert state.losses[-2:].mean() < state.losses[:2].mean()
+
+
+def test_a_loss_that_is_no_number_is_named():
+    def loss(p, batch):
+        return p * jnp.log(batch["x"]).mean()
+
+    dataset = {"x": jnp.ones(20).at[13].set(-1.0)}
+    with pytest.raises(jg.NonFiniteLossError) as info:
+        jg.fit(loss, jnp.array(1.0), dataset, optax.sgd(0.1), epochs=2, batch_size=4)
+    assert str(info.value) == (
+        "the loss is nan at step 3 (epoch 1, rows 12, 13, 14, 15 of the dataset). The loss before "
+        "it was 0. Look at these rows, lower the learning rate, or clip the gradients "
+        "(optax.clip_by_global_norm)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"batch_size": 0}, "batch_size=0; it must be 1 or more."),
+        ({"every": -1}, "every=-1; it must be 1 or more."),
+        (
+            {"dataset": {"x": np.ones(3), "y": np.ones(4)}},
+            "the arrays of a dataset share their first axis, its rows; this one has 'x' 3, 'y' 4.",
+        ),
+        ({"dataset": {"x": np.ones(0)}}, "this one has 'x' 0."),
+        ({"dataset": {}}, "this one has no array."),
+    ],
+)
+def test_wrong_arguments(change, text):
+    loss, params, dataset = make()
+    with pytest.raises(ValueError) as info:  # noqa: PT011 - the text is compared below
+        jg.fit(loss, params, **({"dataset": dataset, "tx": optax.sgd(0.1)} | change))
+    assert text in str(info.value)
+
+
+def test_no_epochs_change_nothing():
+    loss, params, dataset = make()
+    state = jg.fit(loss, params, dataset, optax.sgd(0.1), epochs=0)
+    assert state.step == 0 and state.losses.shape == (0,) and state.history == ()
+    equal(state.params, params, rtol=0)
+
+
+def test_progress_on_a_terminal(monkeypatch, capsys):
+    loss, params, dataset = make()
+    jg.fit(loss, params, dataset, optax.sgd(0.1), epochs=2)
+    assert capsys.readouterr().err == ""  # no terminal, no bar
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    jg.fit(loss, params, dataset, optax.sgd(0.1), epochs=2)
+    shown = capsys.readouterr().err
+    assert "epoch 2  loss" in shown and "rows/s" in shown
+    jg.fit(loss, params, dataset, optax.sgd(0.1), epochs=2, progress=False)
+    assert capsys.readouterr().err == ""
