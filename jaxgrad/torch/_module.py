@@ -16,9 +16,11 @@ from jaxgrad.torch._rebuild import Unreadable
 from jaxgrad.torch._tensors import Tensor
 
 MAX_DEPTH = 128
-MAX_NAMES_COST = 1 << 27  # characters of names, plus _NODE_COST for each visited node
+# A walk's limit, in characters of names, with visits weighed by what they take: some 10 s at most,
+# and a module tree of 200,000 modules.
+MAX_NAMES_COST = 1 << 27
 MAX_CONFIG_LENGTH = 64
-_NODE_COST = 64
+_NODE_COST, _MODULE_COST, _ENTRY_COST = 64, 256, 8
 _SCALARS = (bool, int, float, str)
 
 
@@ -67,15 +69,15 @@ class Contents:
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
     opaque: dict[str, str] = dataclasses.field(default_factory=dict)
     modules: dict[str, Module] = dataclasses.field(default_factory=dict)
-    _left: int = MAX_NAMES_COST
+    _left: int = dataclasses.field(default_factory=lambda: MAX_NAMES_COST)
     _names: set[str] = dataclasses.field(default_factory=set)
 
-    def enter(self, name: str, depth: int, size: int = 0) -> None:
-        """Counts a visit of `name`, a node of `size` further entries, against the limits."""
+    def enter(self, name: str, depth: int, cost: int = _NODE_COST) -> None:
+        """Counts a visit of `name` against the limits."""
         if depth > MAX_DEPTH:
             reason = f"nested deeper than {MAX_DEPTH} levels, or inside itself"
             raise MalformedError(reason, _shown(name))
-        self._left -= len(name) + _NODE_COST * (1 + size)
+        self._left -= len(name) + cost
         if self._left < 0:
             raise MalformedError("shared parts give too many names", _shown(name))
 
@@ -146,7 +148,8 @@ def _is_module(state: Any) -> bool:
 def _visit_module(found: Contents, name: str, node: Object, depth: int) -> Module:
     state = node.state
     groups = (state["_parameters"], state["_buffers"], state["_modules"])
-    found.enter(name, depth, len(state) + sum(len(group) for group in groups))
+    size = len(state) + sum(len(group) for group in groups)
+    found.enter(name, depth, _MODULE_COST + _ENTRY_COST * size)
     unsaved = state.get("_non_persistent_buffers_set")
     unsaved = unsaved if isinstance(unsaved, (set, frozenset)) else ()
     buffers = {key: value for key, value in state["_buffers"].items() if key not in unsaved}

@@ -71,7 +71,7 @@ class Machine:
         end = min(len(data), at + MAX_PICKLE_BYTES)
         table = self._table()
         stack, memo = self._stack, self._memo
-        start, code = at, 0
+        begin, start, code = at, at, 0
         try:
             for _ in range(MAX_OPCODES):
                 start, code = at, data[at]
@@ -120,7 +120,8 @@ class Machine:
             underflow = "an opcode takes more than the stack holds"
             reason = underflow if at < end else "the pickle ends early"
         name = OPCODES[code].name if code in OPCODES else f"0x{code:02x}"
-        raise MalformedError(f"{reason} (opcode {name} at byte {start} of the pickle)")
+        where = f"opcode {name} at byte {start - begin} of the pickle"
+        raise MalformedError(f"{reason} ({where})")
 
     def _table(self) -> list[tuple[Decode | None, Any]]:
         """By opcode byte, its decoder and its handler; STOP and unknown bytes have neither."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxgrad.torch._errors import MalformedError, shorten
 from jaxgrad.torch._module import Contents
-from jaxgrad.torch._tensors import DTYPES, Storage, Tensor, checked_int, make_tensor
+from jaxgrad.torch._tensors import DTYPES, MAX_RANK, Storage, Tensor, checked_int, make_tensor
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
@@ -95,6 +95,8 @@ def _tensor(fields: Any, base: int, end: int) -> Tensor:
         raise MalformedError(reason)
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
         raise MalformedError("shape and data_offsets must be lists, the latter of two")
+    if len(shape) > MAX_RANK:
+        raise MalformedError(f"a shape of {len(shape)} dimensions, at most {MAX_RANK} are possible")
     dtype = DTYPES[_DTYPES[dtype_name]]
     start, stop = (checked_int(offset, "data offset") for offset in offsets)
     shape = tuple(checked_int(size, "dimension") for size in shape)

@@ -126,6 +126,8 @@ def make_tensor(
             f"'{shorten(storage.key)}' to {numel * itemsize} bytes, over {MAX_EXPANDED_BYTES}"
         )
     conj, neg = _metadata(bits) if bits else (False, False)
+    if (conj and "complex" not in dtype.name) or (neg and dtype.name == "bool"):
+        raise MalformedError(f"dtype {dtype.name} has no {'conjugate' if conj else 'negative'}")
     return Tensor(storage, dtype, offset, tuple(shape), tuple(strides), conj, neg)
 
 
