@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 from jaxgrad._autograd import GradientError, backward, grad, stop_gradient, value_and_grad
 from jaxgrad._checkpoint import CheckpointError, CheckpointInfo, inspect, load, save
 from jaxgrad._functional import Apply, functional
+from jaxgrad._graph import Equation, Graph, trace
 from jaxgrad._optim import Assignment, ParamGroups, UpdateError, apply_updates, param_groups
 from jaxgrad._select import MergeError, SelectionError, Wrt, merge, partition, paths, select
+from jaxgrad._stage import Staged, StageError, stage
 from jaxgrad._train import NonFiniteLossError, StopTraining, TrainState, fit
 
 if TYPE_CHECKING:
@@ -18,11 +20,15 @@ __all__ = [
     "Assignment",
     "CheckpointError",
     "CheckpointInfo",
+    "Equation",
     "GradientError",
+    "Graph",
     "MergeError",
     "NonFiniteLossError",
     "ParamGroups",
     "SelectionError",
+    "StageError",
+    "Staged",
     "StopTraining",
     "TrainState",
     "UpdateError",
@@ -42,8 +48,10 @@ __all__ = [
     "paths",
     "save",
     "select",
+    "stage",
     "stop_gradient",
     "torch",
+    "trace",
     "value_and_grad",
 ]
 

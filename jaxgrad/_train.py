@@ -5,6 +5,9 @@ chunks and not between steps, which for a small head is most of the time. Progre
 checkpoints and early stopping are callbacks that run there. An exponential average, a schedule
 or gradient clipping belongs in the Optax transformation; people with a loop of their own lose
 nothing, for the parts that it needs are all public.
+
+What the frozen parameters compute of the loss runs once per row instead of once per step, where
+that is predicted to pay (`stage`). The steps are the same steps: same rows, same keys, same loss.
 """
 
 import contextlib
@@ -12,7 +15,7 @@ import dataclasses
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +23,12 @@ import numpy as np
 import optax
 
 from jaxgrad._autograd import split_for_grad, value_and_grad
+from jaxgrad._messages import count, size
 from jaxgrad._optim import ParamGroups, apply_updates
-from jaxgrad._select import PyTree, Wrt, flatten, halves, is_array, merge, select
+from jaxgrad._prepare import place_for
+from jaxgrad._select import PyTree, Wrt, flatten, halves, is_array, merge, partition, select
+from jaxgrad._stage import Staged, StageError
+from jaxgrad._stage import stage as stage_loss
 
 Callback: TypeAlias = Callable[["TrainState"], Mapping[str, float] | None]
 
@@ -49,6 +56,7 @@ class TrainState:
         losses: the loss of each step, `float[step]`.
         history: a record for each chunk: `step`, `epoch`, the mean `loss`, `rows_per_s`, and
             what the callbacks returned.
+        staging: one line: what of the loss runs once and what it gains, or why nothing does.
     """
 
     params: PyTree
@@ -56,6 +64,7 @@ class TrainState:
     step: int
     losses: np.ndarray
     history: tuple[dict[str, float], ...]
+    staging: str
 
 
 def fit(
@@ -70,6 +79,7 @@ def fit(
     wrt: Wrt | None = None,
     every: int | None = None,
     callbacks: Sequence[Callback] = (),
+    stage: bool = True,
     progress: bool = True,
 ) -> TrainState:
     """Trains the selected parameters on a dataset.
@@ -89,6 +99,9 @@ def fit(
         every: the number of steps between two calls of the callbacks; by default an epoch.
         callbacks: called with the `TrainState` after each chunk. What they return is added to
             its record in the history; `StopTraining` ends the run.
+        stage: compute the frozen part of the loss once, where it is predicted to pay within
+            these epochs and its features fit on the device. `TrainState.staging` says what was
+            done. The losses are the same to rounding.
         progress: show a bar, on a terminal.
 
     Returns:
@@ -121,14 +134,22 @@ def fit(
         wrt = tx.assign(params).wrt if isinstance(tx, ParamGroups) else "**"
     params = jax.tree.map(lambda x: jnp.asarray(x) if is_array(x) else x, params)
     trainable, rest = split_for_grad(params, wrt)
-    flat = flatten(rest)
-    frozen, static = halves(flat, [is_array(leaf) for leaf in flat.leaves])
-    run = _compile(loss, select(params, wrt), static, tx)
+    takes_key = "key" in inspect.signature(loss).parameters
+    if takes_key and key is None:
+        raise ValueError("the loss takes a key, and fit was given none: fit(..., key=...).")
+    shuffle, noise = (None, None) if key is None else jax.random.split(key)
+    extra = {"key": noise} if takes_key else {}
+    plan = _unstaged(loss, params, wrt, dataset)
+    if stage and epochs and jax.tree.leaves(plan.held):
+        batch = _abstract(dataset, min(batch_size, rows))
+        jax.eval_shape(plan.objective, trainable, plan.held, batch, **extra)  # for its errors
+        plan = _staged(plan, loss, params, wrt, dataset, batch, extra, epochs, progress)
+    run = _compile(plan.objective, takes_key, tx)
 
     # The first chunk takes over the buffers it is given, and these are the caller's.
     trainable = jax.tree.map(jnp.copy, trainable)
     carry = (trainable, tx.init(trainable))
-    data = jax.tree.map(jnp.asarray, dataset)
+    data = jax.tree.map(jnp.asarray, plan.data)
     losses: list[np.ndarray] = []
     history: list[dict[str, float]] = []
     step = 0
@@ -136,15 +157,14 @@ def fit(
     def state(keep: bool) -> TrainState:
         trainable, opt_state = jax.tree.map(jnp.copy, carry) if keep else carry
         done = np.concatenate(losses) if losses else np.zeros(0, np.float32)
-        return TrainState(merge(trainable, frozen, static), opt_state, step, done, tuple(history))
+        return TrainState(merge(trainable, rest), opt_state, step, done, tuple(history), plan.line)
 
-    shuffle, noise = (None, None) if key is None else jax.random.split(key)
     with _bar(epochs * rows, progress) as advance, contextlib.suppress(StopTraining):
         for epoch in range(epochs):
             order = np.arange(rows) if shuffle is None else _shuffled(shuffle, epoch, rows)
             for chunk in _chunks(order, batch_size, every):
                 start = time.perf_counter()
-                carry, values = run(carry, frozen, data, chunk, noise, step)
+                carry, values = run(carry, plan.held, data, chunk, noise, step)
                 values = np.asarray(values)
                 seconds = time.perf_counter() - start
                 _refuse_non_finite(values, step, epoch, chunk)
@@ -162,35 +182,97 @@ def fit(
     return state(keep=False)
 
 
+class _Plan(NamedTuple):
+    """How a step gets its loss and gradients: `objective(trainable, held, batch, **extra)`."""
+
+    objective: Callable[..., tuple[jax.Array, PyTree]]
+    held: PyTree  # what the objective needs beside the trainable half
+    data: PyTree  # batches of which it takes
+    line: str
+
+
+def _unstaged(loss: Callable[..., Any], params: PyTree, wrt: Wrt, dataset: PyTree) -> _Plan:
+    flat = flatten(partition(params, wrt)[1])
+    frozen, static = halves(flat, [is_array(leaf) for leaf in flat.leaves])
+    differentiate = value_and_grad(loss, wrt=select(params, wrt))
+
+    def objective(trainable: PyTree, frozen: PyTree, batch: PyTree, **extra: Any) -> Any:
+        return differentiate(merge(trainable, frozen, static), batch, **extra)
+
+    return _Plan(objective, frozen, dataset, "nothing is staged")
+
+
+def _staged(
+    unstaged: _Plan,
+    loss: Callable[..., Any],
+    params: PyTree,
+    wrt: Wrt,
+    dataset: PyTree,
+    batch: PyTree,
+    extra: Mapping[str, Any],
+    epochs: int,
+    progress: bool,
+) -> _Plan:
+    """The plan with the frozen part run once, where that pays; else the one that there is."""
+
+    def positional(params: PyTree, batch: PyTree, *vary: Any) -> Any:
+        return loss(params, batch, **dict(zip(extra, vary, strict=True)))
+
+    def objective(trainable: PyTree, staged: Staged, features: PyTree, **extra: Any) -> Any:
+        of_trainable = value_and_grad(lambda t: staged.loss(t, features, *extra.values()))
+        return of_trainable(trainable)
+
+    try:
+        staged = stage_loss(positional, params, batch, wrt, vary=tuple(extra.values()))
+        report, rows = staged.report(), _rows(dataset)
+        gain, need = report.gain(rows, epochs), rows * report.nbytes
+        if not report.staged:
+            why = str(report.refusals[0][0]) if report.refusals else "no frozen part takes long"
+        elif gain <= 1:
+            passes = count(range(epochs), "epoch", verb=False)
+            why = f"{passes} of {rows:,} rows would not gain by it"
+        elif place_for("auto", need, None) != "device":
+            why = f"the features take {size(need)}, more than there is room for"
+        else:
+            features = staged.prepare(dataset, "device", progress=progress)
+            line = f"the frozen part runs once per row ({size(need)} of features): "
+            line += f"predicted {gain:.2g} times as fast, preparation included"
+            return _Plan(objective, staged, features, line)
+    except StageError as e:
+        why = str(e)
+    return unstaged._replace(line=f"nothing is staged: {why}")
+
+
 def _compile(
-    loss: Callable[..., Any], mask: PyTree, static: PyTree, tx: optax.GradientTransformation
+    objective: Callable[..., Any], takes_key: bool, tx: optax.GradientTransformation
 ) -> Callable[..., tuple[Any, jax.Array]]:
     """The jitted chunk; it compiles once for each number of steps and rows in them."""
-    differentiate = value_and_grad(loss, wrt=mask)
-    takes_key = "key" in inspect.signature(loss).parameters
 
     def run(
-        carry: Any, frozen: PyTree, data: PyTree, chunk: jax.Array, key: Any, first: jax.Array
+        carry: Any, held: PyTree, data: PyTree, chunk: jax.Array, key: Any, first: jax.Array
     ) -> tuple[Any, jax.Array]:
         def step(carry: Any, at: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
             trainable, opt_state = carry
             rows, i = at
             batch = jax.tree.map(lambda x: x[rows], data)
             extra = {"key": jax.random.fold_in(key, i)} if takes_key else {}
-            value, grads = differentiate(merge(trainable, frozen, static), batch, **extra)
+            value, grads = objective(trainable, held, batch, **extra)
             updates, opt_state = tx.update(grads, opt_state, trainable)
             return (apply_updates(trainable, updates), opt_state), value
 
         return jax.lax.scan(step, carry, (chunk, first + jnp.arange(len(chunk))))
 
-    jitted = jax.jit(run, donate_argnums=0)
+    return jax.jit(run, donate_argnums=0)
 
-    def checked(carry: Any, frozen: PyTree, data: PyTree, chunk: Any, key: Any, first: int) -> Any:
-        if takes_key and key is None:
-            raise ValueError("the loss takes a key, and fit was given none: fit(..., key=...).")
-        return jitted(carry, frozen, data, chunk, key, first)
 
-    return checked
+def _abstract(dataset: PyTree, rows: int) -> PyTree:
+    def leaf(x: Any) -> jax.ShapeDtypeStruct:
+        dtype = jax.dtypes.canonicalize_dtype(
+            x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
+        )
+        return jax.ShapeDtypeStruct((rows, *np.shape(x)[1:]), dtype)
+
+    return jax.tree.map(leaf, dataset)
 
 
 def _rows(dataset: PyTree) -> int:

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -47,7 +48,7 @@ def test_finetune_reports_what_it_trains(runs, capsys):
     argv = ["finetune", "--from", runs / "pretrained", "--out", runs / "b", "--epochs", "1"]
     status, out, err = output(capsys, *argv, "--train", "**/bias", "!head/**")
     assert status == 0 and err == ""
-    assert "16 trained and 12,714 frozen" in out
+    assert "12,730 numbers, 50.9 kB, 16 trained" in out
     assert "0.0% before" in out
     assert "mean loss" in out
     assert jg.inspect(runs / "b").trained == ("layers/0/bias",)
@@ -108,9 +109,83 @@ def test_predict_reads_pictures_and_arrays(runs, tmp_path, capsys):
     assert read(tmp_path / "a.png", tmp_path / "many.npy") == many[:1] + many
 
 
+MODEL = Path(__file__).parent / "goldens" / "mnist_model.pt"
+
+
+def test_the_tutorials_model_from_pytorch(tmp_path, capsys):
+    """A whole module, read without PyTorch: look at it, predict on noise, re-train its head."""
+    golden = np.load(MODEL.with_suffix(".npz"))
+    out = output(capsys, "inspect", MODEL)[1]
+    assert "fc1.weight" in out and "8 x 784" in out
+    assert "(fc3): Linear(in_features=8, out_features=10)" in out
+
+    np.save(tmp_path / "noise.npy", golden["pixels"])
+    status, out, _ = output(capsys, "predict", tmp_path / "noise.npy", "--from", MODEL)
+    assert status == 0
+    assert predicted(out) == golden["logits"].argmax(1).tolist()
+
+    argv = ["finetune", "--from", MODEL, "--out", tmp_path / "a", "--epochs", "2"]
+    status, out, err = output(capsys, *argv)
+    assert status == 0 and err == ""
+    assert out.startswith("Predictions on noise: ")
+    before, after = jg.torch.read(MODEL).tensors, flat(tmp_path / "a")
+    assert jg.inspect(tmp_path / "a").trained == ("fc3/bias", "fc3/kernel")
+    for layer, moved in (("fc1", False), ("fc2", False), ("fc3", True)):
+        assert (before[f"{layer}.bias"] != after[f"{layer}/bias"]).any() == moved
+        assert (after[f"{layer}/kernel"] != before[f"{layer}.weight"].T).any() == moved
+
+    # What was saved is a model again: to go on with, to predict with, and to take back.
+    again = ["finetune", "--from", tmp_path / "a", "--out", tmp_path / "b", "--epochs", "1"]
+    assert output(capsys, *again, "--train", "fc2/**")[0] == 0
+    assert output(capsys, "predict", tmp_path / "noise.npy", "--from", tmp_path / "b")[0] == 0
+    assert output(capsys, "convert", tmp_path / "a", tmp_path / "back.pt")[0] == 0
+    back = jg.torch.read(tmp_path / "back.pt").tensors
+    np.testing.assert_array_equal(back["fc3.weight"].T, after["fc3/kernel"])
+    np.testing.assert_array_equal(back["fc1.weight"], before["fc1.weight"])
+
+
+def test_convert(tmp_path, capsys):
+    before = jg.torch.read(MODEL).tensors
+    for suffix in (".pt", ".safetensors"):
+        file = tmp_path / f"a{suffix}"
+        assert output(capsys, "convert", MODEL, file)[0] == 0
+        after = jg.torch.read(file).tensors
+        assert list(after) == list(before)
+        assert all((after[name] == before[name]).all() for name in before)
+    status, out, _ = output(capsys, "convert", MODEL, tmp_path / "model")
+    assert status == 0 and "a Flax model, 6 parameters in Flax's layouts" in out
+    np.testing.assert_array_equal(flat(tmp_path / "model")["fc1/kernel"], before["fc1.weight"].T)
+    # A bare state dict has no layer types: its layouts stay, and that is said.
+    status, out, _ = output(capsys, "convert", tmp_path / "a.pt", tmp_path / "bare")
+    assert status == 0 and "6 tensors, in PyTorch's names and layouts" in out
+    np.testing.assert_array_equal(flat(tmp_path / "bare")["fc1/weight"], before["fc1.weight"])
+
+    status, _, err = output(capsys, "convert", MODEL, tmp_path / "model")
+    assert status == 1 and "exists; pass --overwrite to replace it." in err
+    assert output(capsys, "convert", MODEL, tmp_path / "model", "--overwrite")[0] == 0
+    status, _, err = output(capsys, "convert", tmp_path / "model", tmp_path / "other")
+    assert status == 1 and "is a checkpoint already; let OUT end in one of .pt" in err
+    status, _, err = output(capsys, "convert", tmp_path / "a.pt", tmp_path / "c", "--part", "x")
+    assert status == 1 and "nothing in" in err
+
+
+def test_layers_that_run_in_an_order_of_ones_own(tmp_path, capsys):
+    steps = ["flatten", "fc1", "gelu", "fc2", "relu2", "fc3"]
+    argv = ["finetune", "--from", MODEL, "--out", tmp_path / "a", "--epochs", "1"]
+    assert output(capsys, *argv, "--forward", *steps)[0] == 0
+    assert jg.inspect(tmp_path / "a").config["forward"] == steps
+    np.save(tmp_path / "noise.npy", np.ones((1, 28, 28), np.float32))
+    assert output(capsys, "predict", tmp_path / "noise.npy", "--from", tmp_path / "a")[0] == 0
+    status, _, err = output(capsys, *argv, "--forward", "fc1", "rleu")
+    assert status == 1
+    assert "--forward rleu: neither a layer of the module (flatten, fc1" in err
+
+
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
+        (["inspect", "{}/text.png"], "neither a torch.save file nor safetensors"),
+        (["finetune", "--from", "{}/state.pt"], "nothing tells how the model is built"),
         (["inspect", "{}/nowhere"], "no checkpoint at '{}/nowhere': there is no such directory."),
         (["inspect", "{}"], "'{}' is no Orbax checkpoint, or a damaged one."),
         (["predict", "--from", "{}/pretrained"], "name at least one image or array file."),
@@ -131,7 +206,7 @@ def test_predict_reads_pictures_and_arrays(runs, tmp_path, capsys):
             ["finetune", "--from", "{}/pretrained", "--train", "haed/**"],
             "wrt pattern 'haed/**' matches no leaf. Did you mean 'head/**'",
         ),
-        (["finetune", "--from", "{}/pretrained", "--train"], "takes a --train pattern"),
+        (["finetune", "--from", "{}/pretrained", "--epochs", "0"], "--epochs 0; it must be 1"),
         (
             ["finetune", "--from", "{}/pretrained", "--out", "{}/x", "--learning-rate", "1e38"],
             "at step",
@@ -152,6 +227,7 @@ def test_user_errors_are_one_line_and_status_one(runs, capsys, argv, text):
     np.save(runs / "small.npy", np.ones((5, 5)))
     np.save(runs / "wild.npy", np.full((28, 28), -3.0))
     np.savez(runs / "two.npz", a=np.ones(2), b=np.ones(2))
+    jg.torch.save_tensors({"fc.weight": np.ones((2, 2), np.float32)}, runs / "state.pt")
     if not (runs / "other").exists():
         jg.save(runs / "other", {"w": np.ones(2)})
     status, _, err = output(capsys, *(arg.format(runs) for arg in argv))

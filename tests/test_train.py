@@ -218,6 +218,104 @@ def test_no_epochs_change_nothing():
     equal(state.params, params, rtol=0)
 
 
+# The frozen part computed once.
+
+
+@pytest.fixture
+def eager_to_stage(monkeypatch):
+    """Prices at which even the smallest model is worth staging."""
+    monkeypatch.setattr("jaxgrad._report._COMPILATION", 0.0)
+    monkeypatch.setattr("jaxgrad._report._STEP", 0.0)
+    for module in ("_cut", "_report"):
+        monkeypatch.setattr(f"jaxgrad.{module}.FLOPS_PER_BYTE", 1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [5, 11, 100])
+def test_staged_and_unstaged_are_one_training(eager_to_stage, batch_size):
+    loss, params, dataset = make()
+    tx = jg.param_groups({"head/**": optax.sgd(0.1, momentum=0.9)})
+    run = lambda stage: jg.fit(
+        loss, params, dataset, tx, epochs=4, batch_size=batch_size, key=KEY, stage=stage
+    )
+    staged, unstaged = run(True), run(False)
+    assert "the frozen part runs once per row" in staged.staging
+    assert unstaged.staging == "nothing is staged"
+    np.testing.assert_allclose(staged.losses, unstaged.losses, rtol=1e-5)
+    equal(staged.params, unstaged.params, rtol=1e-5, atol=1e-7)
+    equal(staged.params["layers"], params["layers"], rtol=0)
+    assert jax.tree.structure(staged.opt_state) == jax.tree.structure(unstaged.opt_state)
+
+
+def test_staged_with_a_key(eager_to_stage):
+    loss, params, dataset = make()
+
+    def noisy(params, batch, key):
+        return loss(params, batch) + jax.random.normal(key) * params["head"]["bias"].sum()
+
+    tx = jg.param_groups({"head/**": optax.sgd(0.1)})
+    run = lambda stage: jg.fit(
+        noisy, params, dataset, tx, epochs=2, batch_size=5, key=KEY, stage=stage
+    )
+    staged, unstaged = run(True), run(False)
+    assert "the frozen part runs once per row" in staged.staging
+    np.testing.assert_allclose(staged.losses, unstaged.losses, rtol=1e-5)
+    equal(staged.params, unstaged.params, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", ["nnx", "equinox"])
+def test_modules_are_staged_as_they_are(eager_to_stage, model):
+    _, _, dataset = make()
+    if model == "nnx":
+        params, call, head = MLP(6, (5,), 3, rngs=nnx.Rngs(0)), lambda m, x: m(x), "head/**"
+    else:
+        params = eqx.nn.MLP(6, 3, 5, 1, key=KEY)
+        call, head = lambda m, x: jax.vmap(m)(x), "layers/1/**"
+
+    def loss(m, batch):
+        logits = call(m, batch["x"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+
+    tx = jg.param_groups({head: optax.sgd(0.5)})
+    staged, unstaged = (
+        jg.fit(loss, params, dataset, tx, epochs=2, batch_size=11, stage=stage)
+        for stage in (True, False)
+    )
+    assert "the frozen part runs once per row" in staged.staging
+    assert type(staged.params) is type(params)
+    np.testing.assert_allclose(staged.losses, unstaged.losses, rtol=1e-5)
+
+
+def test_what_is_not_staged_is_said_why(eager_to_stage, monkeypatch):
+    loss, params, dataset = make()
+    tx = jg.param_groups({"head/**": optax.sgd(0.1)})
+
+    def mixing(params, batch):
+        return loss(params, batch | {"x": batch["x"] - batch["x"].mean(0, keepdims=True)})
+
+    assert "nothing is staged: " in jg.fit(mixing, params, dataset, tx).staging
+    assert jg.fit(loss, params, dataset, optax.sgd(0.1)).staging == "nothing is staged"
+    monkeypatch.setattr("jaxgrad._prepare._free", lambda host: 100)
+    assert "there is no room for that" in jg.fit(loss, params, dataset, tx, epochs=4).staging
+    monkeypatch.setattr("jaxgrad._report._COMPILATION", 1e10)
+    assert "1 epoch of 22 rows would not gain" in jg.fit(loss, params, dataset, tx).staging
+
+
+def test_staging_hides_no_error(eager_to_stage):
+    class Counting(nnx.Module):
+        def __init__(self):
+            self.layer = nnx.Linear(6, 5, rngs=nnx.Rngs(0))
+            self.head = nnx.Linear(5, 1, rngs=nnx.Rngs(0))
+            self.norm = nnx.BatchNorm(6, rngs=nnx.Rngs(0))
+
+    def loss(m, batch):
+        return m.head(m.layer(m.norm(batch["x"]))).mean()
+
+    _, _, dataset = make()
+    tx = jg.param_groups({"head/**": optax.sgd(0.1)})
+    with pytest.raises(jg.GradientError, match="the loss changes 'norm/mean', 'norm/var'"):
+        jg.fit(loss, Counting(), dataset, tx)
+
+
 def test_progress_on_a_terminal(monkeypatch, capsys):
     loss, params, dataset = make()
     jg.fit(loss, params, dataset, optax.sgd(0.1), epochs=2)

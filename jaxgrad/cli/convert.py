@@ -54,9 +54,12 @@ class Convert:
             how = "layouts by the names of the leaves"
         else:
             file = jg.torch.read(self.source)
-            file = file.sub(self.part) if self.part else file
+            try:
+                file = file.sub(self.part) if self.part else file
+            except KeyError as e:
+                raise ValueError(e.args[0]) from e
             how = self._tensors(file) if to_torch or file.module is None else self._model(file)
-        Console().print(f"Wrote {self.out}: {how}", markup=False)
+        Console(soft_wrap=True).print(f"Wrote {self.out}: {how}", markup=False)
 
     def _tensors(self, file: "jg.torch.Checkpoint") -> str:
         if self.out.suffix in _TORCH_SUFFIXES:

@@ -90,6 +90,7 @@ class Finetune:
             batch_size=self.batch_size,
             key=jax.random.key(self.seed),
         )
+        console.print(f"Staging: {state.staging}", markup=False)
         after = model.accuracy(state.params, test)
         losses = [steps.mean() for steps in np.array_split(state.losses, self.epochs)]
         console.print(

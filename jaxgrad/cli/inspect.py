@@ -26,7 +26,7 @@ class Inspect:
         """Prints the table."""
         from rich.console import Console
 
-        console = Console()
+        console = Console(soft_wrap=True)
         if self.path.is_file():
             self._torch(console)
             return

@@ -1,0 +1,408 @@
+"""What each value of a traced loss depends on: parameters, one example, or more than that.
+
+The loss is traced at two batch sizes. The two jaxprs have the same equations; a size that
+differs between them scales with the batch, and a literal or parameter that differs is the batch
+size itself, at work in the computation. Two concrete sizes are used rather than a symbolic one
+(`jax.export.symbolic_shape`) since every function accepts them, and since the loss is traced
+anew for each size it is called with anyway: each such trace is compared with the first, so a
+function that computes something else at some size is found out where it matters.
+
+Shapes only say where the batch *may* be. That a value is per example is proven equation by
+equation (`_rows.py`).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jex
+from jax.extend import source_info_util
+
+from jaxgrad._flops import aval
+from jaxgrad._rows import RULES, Dim, Mixes, Shape, Step, follow
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """Computed from frozen parameters alone: the same for every example and every step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PerExample:
+    """Computed from frozen parameters and one example.
+
+    Attributes:
+        axis: the axis that counts the examples.
+        inner: how many consecutive entries of it belong to one example.
+    """
+
+    axis: int
+    inner: int = 1
+
+    def rows_first(self, x: jax.Array) -> jax.Array:
+        """The array with one leading entry per example, as it is stored."""
+        x = jnp.moveaxis(x, self.axis, 0)
+        return x if self.inner == 1 else x.reshape(-1, self.inner, *x.shape[1:])
+
+    def restored(self, x: jax.Array) -> jax.Array:
+        """The array as the equations have it, from its rows."""
+        x = x if self.inner == 1 else x.reshape(-1, *x.shape[2:])
+        return jnp.moveaxis(x, 0, self.axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """Why an equation with frozen inputs only can't be computed once per example.
+
+    Attributes:
+        reason: what it does.
+        primitive: the JAX primitive.
+        source: the file and line that it comes from.
+        scope: the Flax module or `jax.named_scope`, where there is one.
+    """
+
+    reason: str
+    primitive: str
+    source: str
+    scope: str
+
+    def __str__(self) -> str:
+        scope = f" in {self.scope}" if self.scope else ""
+        return f"{self.primitive} at {self.source}{scope} {self.reason}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Varying:
+    """Changes from step to step, or stands behind an equation that was refused."""
+
+    because: Refusal | None = None
+
+
+Place: TypeAlias = Constant | PerExample | Varying
+Sizes: TypeAlias = tuple[int, int]
+
+
+class Misaligned(Exception):  # noqa: N818
+    """Two traces of one function are not the same equations; the message says where."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """The class of every value, and the equations that were refused."""
+
+    places: dict[jex.Var, Place]
+    refusals: dict[Refusal, int]
+
+    def __getitem__(self, atom: jex.Var | jex.Literal) -> Place:
+        return Constant() if isinstance(atom, jex.Literal) else self.places[atom]
+
+
+def classify(
+    first: jex.Jaxpr,
+    second: jex.Jaxpr,
+    sizes: Sizes,
+    inputs: Sequence[Place],
+) -> Classes:
+    """Says for each value of `first` what it depends on.
+
+    Args:
+        first: the function traced at the first batch size.
+        second: the same at the second.
+        sizes: the two batch sizes.
+        inputs: the classes of the inputs.
+
+    Raises:
+        Misaligned: the traces are not the same equations.
+    """
+    align(first, second)
+    classes = Classes({v: Constant() for v in first.constvars}, {})
+    classes.places.update(zip(first.invars, inputs, strict=True))
+    for i, pair in enumerate(zip(first.eqns, second.eqns, strict=True)):
+        places = [classes[v] for v in pair[0].invars]
+        blocked = [p for p in places if isinstance(p, Varying)]
+        if blocked:
+            # What a step changes is varying for good; what was refused is so for a reason.
+            mine = min(blocked, key=lambda p: p.because is not None)
+            outs: Sequence[Place] = [mine] * len(pair[0].outvars)
+        else:
+            try:
+                outs = _outputs(*pair, sizes, places)
+            except (Mixes, Misaligned) as mixes:
+                refusal = Refusal(str(mixes), pair[0].primitive.name, *whence(pair[0]))
+                classes.refusals[refusal] = i
+                outs = [Varying(refusal)] * len(pair[0].outvars)
+        classes.places.update(zip(pair[0].outvars, outs, strict=True))
+    return classes
+
+
+def whence(eqn: jex.JaxprEqn) -> tuple[str, str]:
+    """The source line and the scope (Flax module, named scope) of an equation."""
+    return source_info_util.summarize(eqn.source_info), str(eqn.source_info.name_stack)
+
+
+def align(first: jex.Jaxpr, second: jex.Jaxpr) -> dict[jex.Var, jex.Var]:
+    """Pairs the values of two traces of one function.
+
+    Raises:
+        Misaligned: the traces differ in more than sizes, literals and parameters.
+    """
+    pairs: dict[jex.Var, jex.Var] = {}
+
+    def pair(ones, others, eqn):
+        same = len(ones) == len(others)
+        for a, b in zip(ones, others, strict=False):
+            if isinstance(a, jex.Literal) or isinstance(b, jex.Literal):
+                same &= isinstance(a, jex.Literal) and isinstance(b, jex.Literal)
+            elif a.aval.dtype != b.aval.dtype or len(a.aval.shape) != len(b.aval.shape):
+                same = False
+            else:
+                same &= pairs.setdefault(a, b) is b
+        if not same:
+            where = f"at {whence(eqn)[0]}" if eqn is not None else "in its inputs or outputs"
+            raise Misaligned(f"it computes something else {where}")
+
+    pair([*first.constvars, *first.invars], [*second.constvars, *second.invars], None)
+    for a, b in zip(first.eqns, second.eqns, strict=False):
+        if a.primitive is not b.primitive:
+            raise Misaligned(f"it computes something else at {whence(a)[0]}")
+        pair(a.invars, b.invars, a)
+        pair(a.outvars, b.outvars, a)
+    if len(first.eqns) != len(second.eqns):
+        raise Misaligned("it has more equations at one size than at the other")
+    pair(first.outvars, second.outvars, None)
+    return pairs
+
+
+def uses_batch_size(first: jex.JaxprEqn, second: jex.JaxprEqn, sizes: Sizes) -> bool:
+    """Whether the batch size enters an equation other than through the shapes."""
+    literals = (
+        (a.val, b.val)
+        for a, b in zip(first.invars, second.invars, strict=True)
+        if isinstance(a, jex.Literal) and isinstance(b, jex.Literal)
+    )
+    if any(not np.array_equal(a, b, equal_nan=_inexact(a)) for a, b in literals):
+        return True
+    if first.primitive.name in _DERIVATIVES:
+        return False
+    shapes = _SIZES.get(first.primitive.name, ())
+    for name, value in first.params.items():
+        other = second.params.get(name)
+        if _is_body(value) or callable(value) or value is other:
+            continue
+        if name in shapes:
+            unify(value, second.params[name], sizes)
+        elif not _same(value, other):
+            return True
+    return False
+
+
+def unify(first: Sequence[int], second: Sequence[int], sizes: Sizes) -> Shape:
+    """The sizes of two traces as one: those that scale with the batch become a `Dim`."""
+    if len(first) != len(second):
+        raise Mixes("has another number of axes at another batch size")
+    shape: list[int | Dim] = []
+    for a, b in zip(first, second, strict=True):
+        if a == b:
+            shape.append(a)
+        elif a % sizes[0] == 0 and b % sizes[1] == 0 and a // sizes[0] == b // sizes[1]:
+            shape.append(Dim(a // sizes[0]))
+        else:
+            raise Mixes("has a size that is no multiple of the batch size")
+    return tuple(shape)
+
+
+# Parameters that are sizes, so that the batch size may stand in them.
+_SIZES = {
+    "broadcast_in_dim": ("shape",),
+    "dynamic_slice": ("slice_sizes",),
+    "gather": ("slice_sizes",),
+    "iota": ("shape",),
+    "random_bits": ("shape",),
+    "reshape": ("new_sizes",),
+    "slice": ("limit_indices",),
+}
+
+
+# Beside their body, these have but the functions that make their derivatives.
+_DERIVATIVES = ("custom_jvp_call", "custom_vjp_call")
+
+
+def _same(a: Any, b: Any) -> bool:
+    return bool(np.all(a == b)) or (a != a and b != b)  # a fill value may be NaN
+
+
+def _is_body(value: Any) -> bool:
+    bodies = value if isinstance(value, tuple | list) and value else (value,)
+    return all(isinstance(v, jex.Jaxpr | jex.ClosedJaxpr) for v in bodies)
+
+
+def _inexact(value: Any) -> bool:
+    return np.issubdtype(np.asarray(value).dtype, np.inexact)
+
+
+def _outputs(
+    a: jex.JaxprEqn, b: jex.JaxprEqn, sizes: Sizes, places: Sequence[Place]
+) -> Sequence[Place]:
+    if a.effects or b.effects:
+        raise Mixes("has a side effect, which must happen in every step")
+    name = a.primitive.name
+    axes = [p.axis if isinstance(p, PerExample) else None for p in places]
+    if any(axis is not None for axis in axes) and name not in {*RULES, *_STRUCTURED}:
+        raise Mixes("has no known way to treat the rows of a batch")
+    params = dict(a.params)
+    for size in _SIZES.get(name, ()):
+        params[size] = unify(a.params[size], b.params[size], sizes)
+    scan_over_batch = a.params.get("length") != b.params.get("length")
+    if uses_batch_size(_lengthless(a), _lengthless(b), sizes):
+        raise Mixes("depends on the size of the batch")
+    ins, outs = (
+        [unify(aval(x).shape, aval(y).shape, sizes) for x, y in zip(xs, ys, strict=True)]
+        for xs, ys in ((a.invars, b.invars), (a.outvars, b.outvars))
+    )
+    if all(axis is None for axis in axes):
+        if scan_over_batch or any(isinstance(d, Dim) for shape in outs for d in shape):
+            return _made_for_batch(a, params, outs)
+        return [Constant()] * len(outs)
+    if name in _STRUCTURED:
+        return _STRUCTURED[name](a, b, sizes, places, outs)
+    return _places(follow(name, Step(params, axes, ins, outs)), outs)
+
+
+def _lengthless(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
+    """A scan over the batch has the batch size as its length, as it should."""
+    if eqn.primitive.name != "scan":
+        return eqn
+    return eqn.replace(params={**eqn.params, "length": None})
+
+
+def _made_for_batch(
+    eqn: jex.JaxprEqn, params: Mapping[str, Any], outs: Sequence[Shape]
+) -> Sequence[Place]:
+    """A constant that is repeated for each example is per example; a numbering is not."""
+    (shape, *others) = outs
+    axes = [d for d, size in enumerate(shape) if isinstance(size, Dim)]
+    repeated = eqn.primitive.name == "broadcast_in_dim" or (
+        eqn.primitive.name == "iota" and params["dimension"] not in axes
+    )
+    if others or len(axes) != 1 or not repeated:
+        raise Mixes("makes values that depend on an example's position in the batch")
+    return _places(axes, outs)
+
+
+def _places(axes: Sequence[int | None], outs: Sequence[Shape]) -> list[Place]:
+    places: list[Place] = []
+    for axis, shape in zip(axes, outs, strict=True):
+        scaling = [d for d, size in enumerate(shape) if isinstance(size, Dim)]
+        if axis is None and not scaling:
+            places.append(Constant())
+        elif axis is not None and scaling == [axis] and isinstance(size := shape[axis], Dim):
+            places.append(PerExample(axis, size.inner))
+        else:
+            raise Mixes("has the batch size in more than one axis")
+    return places
+
+
+def _body(first: Any, second: Any, sizes: Sizes, inputs: Sequence[Place]) -> Sequence[Place]:
+    """The classes of a body's outputs; what is refused inside is refused as a whole."""
+    a, b = (getattr(j, "jaxpr", j) for j in (first, second))
+    classes = classify(a, b, sizes, inputs)
+    outs = [classes[v] for v in a.outvars]
+    for place in outs:
+        if isinstance(place, Varying):
+            assert place.because is not None, "a body's inputs are frozen"
+            inner = place.because
+            raise Mixes(f"contains {inner.primitive} at {inner.source}, which {inner.reason}")
+    return outs
+
+
+def _call(name: str) -> Callable[..., Sequence[Place]]:
+    def rule(a, b, sizes, places, outs):
+        return _body(a.params[name], b.params[name], sizes, places)
+
+    return rule
+
+
+def _settle(
+    turn: Callable[[Sequence[Place]], Sequence[Place]], carry: Sequence[Place]
+) -> tuple[Sequence[Place], Sequence[Place]]:
+    """Runs a loop's body until the classes of what it carries stay the same."""
+    while True:
+        outs = turn(carry)
+        new = [_join(a, b) for a, b in zip(carry, outs, strict=False)]
+        if new == list(carry):
+            return carry, outs
+        carry = new
+
+
+def _join(a: Place, b: Place) -> Place:
+    if isinstance(a, PerExample) and isinstance(b, PerExample) and a != b:
+        raise Mixes("carries the examples along an axis that moves")
+    return b if isinstance(a, Constant) else a
+
+
+def _scan(a, b, sizes, places, outs):
+    consts, carries = a.params["num_consts"], a.params["num_carry"]
+    fixed = consts + carries
+    over_batch = a.params["length"] != b.params["length"]
+    if over_batch and (carries or any(isinstance(p, PerExample) for p in places[:fixed])):
+        raise Mixes("steps through the examples")
+    xs = [_unstacked(p, over_batch) for p in places[fixed:]]
+
+    def turn(carry):
+        return _body(a.params["jaxpr"], b.params["jaxpr"], sizes, [*places[:consts], *carry, *xs])
+
+    carry, inside = _settle(turn, places[consts:fixed])
+    if over_batch:
+        return _places([0] * len(outs), outs)
+    stacked = [
+        PerExample(p.axis + 1, p.inner) if isinstance(p, PerExample) else p
+        for p in inside[carries:]
+    ]
+    return [*carry, *stacked]
+
+
+def _unstacked(place: Place, over_batch: bool) -> Place:
+    if isinstance(place, PerExample):
+        if place.axis == 0 and not over_batch:
+            raise Mixes("steps through the examples")
+        return Constant() if over_batch else PerExample(place.axis - 1, place.inner)
+    return place
+
+
+def _while(a, b, sizes, places, outs):
+    tests, bodies = a.params["cond_nconsts"], a.params["body_nconsts"]
+    of_test, of_body = places[:tests], places[tests : tests + bodies]
+
+    def turn(carry):
+        return _body(a.params["body_jaxpr"], b.params["body_jaxpr"], sizes, [*of_body, *carry])
+
+    carry, _ = _settle(turn, places[tests + bodies :])
+    _body(a.params["cond_jaxpr"], b.params["cond_jaxpr"], sizes, [*of_test, *carry])
+    return carry
+
+
+def _cond(a, b, sizes, places, outs):
+    branches = [
+        _body(one, other, sizes, places[1:])
+        for one, other in zip(a.params["branches"], b.params["branches"], strict=True)
+    ]
+    joined = branches[0]
+    for branch in branches[1:]:
+        joined = [_join(x, y) for x, y in zip(joined, branch, strict=True)]
+    return joined
+
+
+_STRUCTURED: dict[str, Callable[..., Sequence[Place]]] = {
+    "checkpoint": _call("jaxpr"),
+    "closed_call": _call("call_jaxpr"),
+    "cond": _cond,
+    "custom_jvp_call": _call("call_jaxpr"),
+    "custom_vjp_call": _call("call_jaxpr"),
+    "jit": _call("jaxpr"),
+    "remat2": _call("jaxpr"),
+    "scan": _scan,
+    "while": _while,
+}

@@ -1,0 +1,43 @@
+"""Features in fewer bits, and how far that moves them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+ENCODINGS = (None, "bfloat16", "int8")
+
+
+def is_encoded(dtype: Any, encoding: str | None) -> bool:
+    """Whether values of this dtype are stored in another one."""
+    return encoding is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 2
+
+
+def encode(x: jax.Array, encoding: str | None) -> tuple[jax.Array, ...]:
+    """The arrays to store for some rows: with "int8", each row in steps of its largest / 127."""
+    if not is_encoded(x.dtype, encoding):
+        return (x,)
+    if encoding == "bfloat16":
+        return (x.astype(jnp.bfloat16),)
+    others = tuple(range(1, x.ndim))
+    largest = jnp.max(jnp.abs(x), axis=others, keepdims=True)
+    scale = jnp.where(largest > 0, largest / 127, jnp.ones_like(largest)).astype(jnp.float32)
+    return jnp.round(x / scale.astype(x.dtype)).astype(jnp.int8), scale
+
+
+def decode(stored: Iterator[jax.Array], dtype: Any, encoding: str | None) -> jax.Array:
+    """The next value of the dtype that the step wants, from as many arrays as hold it."""
+    x = next(stored)
+    if not is_encoded(dtype, encoding):
+        return x
+    if encoding == "bfloat16":
+        return x.astype(dtype)
+    return x.astype(dtype) * next(stored).astype(dtype)
+
+
+def squares(x: jax.Array, encoding: str | None) -> tuple[jax.Array, jax.Array]:
+    """The sums of squares of what encoding changes and of the values themselves."""
+    y = decode(iter(encode(x, encoding)), x.dtype, encoding)
+    change, values = (a.astype(jnp.float32) for a in (y - x, x))
+    return jnp.sum(change**2), jnp.sum(values**2)

@@ -1,0 +1,65 @@
+"""How many floating point operations an equation takes, from its shapes alone.
+
+Matrix products and convolutions are counted exactly, what moves or relabels data as nothing,
+everything else as one operation per element. XLA's own count needs a compiled program; the
+crossing is chosen before anything is compiled, and only needs the large terms right.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from jax.extend import core as jex
+
+_FREE = """
+bitcast_convert_type broadcast_in_dim concatenate convert_element_type copy copy_p device_put
+expand_dims iota name optimization_barrier pad random_unwrap random_wrap reshape rev
+sharding_constraint slice split squeeze stop_gradient transpose
+"""
+
+
+def flops(eqn: jex.JaxprEqn) -> int:
+    """Floating point operations of one equation, its bodies included.
+
+    A `while` is counted as one turn, and a `cond` as its dearest branch.
+    """
+    name = eqn.primitive.name
+    if name in _FREE.split():
+        return 0
+    if name == "dot_general":
+        ((contracted, _), _) = eqn.params["dimension_numbers"]
+        lhs = aval(eqn.invars[0]).shape
+        return 2 * _size(eqn.outvars) * math.prod(lhs[d] for d in contracted)
+    if name == "conv_general_dilated":
+        kernel = aval(eqn.invars[1]).shape
+        features_out = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+        return 2 * _size(eqn.outvars) * math.prod(kernel) // features_out
+    if name == "cond":
+        return max(total(branch.jaxpr.eqns) for branch in eqn.params["branches"])
+    if bodies := list(jex.jaxprs_in_params(eqn.params)):
+        once = sum(total(body.eqns) for body in bodies)
+        if name == "reduce" or name.startswith("scatter"):
+            return _size(eqn.invars)
+        return once * (eqn.params["length"] if name == "scan" else 1)
+    if name.startswith(("reduce", "arg", "cum", "sort", "top_k")):
+        return _size(eqn.invars)
+    return _size(eqn.outvars)
+
+
+def total(eqns: Iterable[jex.JaxprEqn]) -> int:
+    """Floating point operations of several equations."""
+    return sum(map(flops, eqns))
+
+
+def aval(atom: jex.Var | jex.Literal) -> Any:
+    """The shape and dtype of a value; JAX's type for it promises neither."""
+    return atom.aval
+
+
+def nbytes(atom: jex.Var | jex.Literal) -> int:
+    """What a value takes in memory."""
+    return math.prod(aval(atom).shape) * aval(atom).dtype.itemsize
+
+
+def _size(atoms: Iterable[jex.Var | jex.Literal]) -> int:
+    return sum(math.prod(getattr(aval(atom), "shape", ())) for atom in atoms)

@@ -1,0 +1,211 @@
+"""Running the frozen part over a dataset: in chunks, checked, and never twice."""
+
+import functools
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jex
+
+from jaxgrad import _features
+from jaxgrad._classify import whence
+from jaxgrad._encode import encode, is_encoded, squares
+from jaxgrad._flops import aval
+from jaxgrad._split import Split
+
+
+class StageError(ValueError):
+    """A loss, a dataset or features that staging can't work with; the message says why."""
+
+    __module__ = "jaxgrad"
+
+
+class Frozen:
+    """The frozen part as a function of the first row of a chunk of a dataset.
+
+    Args:
+        split: the split, traced for the rows of a chunk.
+        values: the values of its frozen inputs.
+        dataset: the parts of the dataset, as the batch has them.
+        encoding: how to store floating point features.
+    """
+
+    def __init__(
+        self, split: Split, values: Sequence[Any], dataset: Sequence[Any], encoding: str | None
+    ) -> None:
+        self.split, self.values, self.dataset = split, values, dataset
+        self.jaxpr = split.features()
+        self.encoding = encoding
+        self.error = np.zeros(2)
+        self.run = jax.jit(jex.jaxpr_as_fun(jex.ClosedJaxpr(self.jaxpr, [])))
+        self.store = jax.jit(functools.partial(_store, split, encoding))
+
+    def __call__(self, start: int) -> list[jax.Array]:
+        """The arrays to store for the chunk that starts at this row."""
+        stored, error = self.store(self.run(*self.values, *self.chunk(start)))
+        self.error += np.asarray(error)
+        return stored
+
+    def chunk(self, start: int) -> list[Any]:
+        """The rows of the dataset that a chunk takes."""
+        return [_rows(leaf, start, self.split.rows) for leaf in self.dataset]
+
+    def specs(self, total: int) -> list[jax.ShapeDtypeStruct]:
+        """What the features of the whole dataset will be."""
+        avals = [jax.ShapeDtypeStruct(aval(v).shape, aval(v).dtype) for v in self.jaxpr.outvars]
+        stored, _ = jax.eval_shape(self.store, avals)
+        return [jax.ShapeDtypeStruct((total, *s.shape[1:]), s.dtype) for s in stored]
+
+    def confirm(self) -> None:
+        """Runs the first chunk's last rows at other places, among other rows.
+
+        Raises:
+            StageError: a row came out differently.
+        """
+        half = self.split.rows // 2
+        if not half:
+            return
+        batch = self.chunk(0)
+        moved = [np.concatenate([np.asarray(x)[-half:]] * 3)[: len(x)] for x in batch]
+        alone, among = (self.run(*self.values, *b) for b in (batch, moved))
+        for var, a, b in zip(self.split.computed, alone, among, strict=True):
+            place = self.split.place(var)
+            a, b = (np.asarray(place.rows_first(x)) for x in (a, b))
+            if not _close(a[-half:], b[:half]):
+                eqn = next(e for e in self.split.program.jaxpr.eqns if var in e.outvars)
+                raise StageError(
+                    f"the frozen value {var.aval} from {eqn.primitive.name} at {whence(eqn)[0]} is "
+                    "another one when the same example stands among other examples, so it can't "
+                    "be computed once per example. Does a custom operation mix the batch?"
+                )
+
+    def key(self) -> str:
+        """A hash of all that the features depend on."""
+        digest = hashlib.sha256()
+        text = re.sub(r"0x[0-9a-f]+", "", str(self.jaxpr))  # addresses of functions
+        for part in (text, jax.__version__, version("jaxlib"), jax.default_backend()):
+            digest.update(part.encode() + b"\0")
+        digest.update(f"{self.encoding} {self.split.rows}".encode())
+        used = {v for e in self.jaxpr.eqns for v in e.invars if isinstance(v, jex.Var)}
+        inputs = zip(self.jaxpr.invars, [*self.values, *self.dataset], strict=True)
+        for value in (value for v, value in inputs if v in used):
+            digest.update(f"{np.shape(value)} {value.dtype}".encode())
+            for start in range(0, len(value) if np.ndim(value) else 1, 4096):
+                part = value[start : start + 4096] if np.ndim(value) else value
+                digest.update(np.ascontiguousarray(part).tobytes())
+        return digest.hexdigest()[:32]
+
+
+def _store(split: Split, encoding: str | None, values: Sequence[jax.Array]):
+    rows = [split.place(v).rows_first(x) for v, x in zip(split.computed, values, strict=True)]
+    stored = [array for x in rows for array in encode(x, encoding)]
+    error = jnp.zeros(2)
+    for x in rows:
+        if is_encoded(x.dtype, encoding):
+            error += jnp.stack(squares(x, encoding))
+    return stored, error
+
+
+def _rows(leaf: Any, start: int, rows: int) -> Any:
+    if isinstance(leaf, jax.Array):
+        return jax.lax.dynamic_slice_in_dim(leaf, start, rows)  # one compilation for all chunks
+    return np.asarray(leaf[start : start + rows])
+
+
+def _close(a: np.ndarray, b: np.ndarray) -> bool:
+    if not jnp.issubdtype(a.dtype, jnp.inexact):
+        # Rounding decides ties: a sign or an argmax may flip where two numbers are all but equal.
+        return np.mean(a != b) <= 0.01
+    tolerance = 10 * float(jnp.finfo(a.dtype).eps) ** 0.5
+    a, b = (np.asarray(x, np.complex128 if np.iscomplexobj(a) else np.float64) for x in (a, b))
+    finite = np.isfinite(a) & np.isfinite(b)
+    if not np.array_equal(np.isfinite(a), np.isfinite(b)):
+        return False
+    a, b = a[finite], b[finite]
+    return not a.size or np.max(np.abs(a - b)) <= tolerance * max(np.max(np.abs(a)), 1e-30)
+
+
+def prepare(
+    frozen: Frozen, total: int, where: str | os.PathLike[str], budget: int | None, progress: bool
+) -> tuple[tuple[Any, ...], _features.Stats]:
+    """Runs the frozen part over all rows; returns what it stored, and about it."""
+    specs = frozen.specs(total)
+    if not specs:
+        return (), _features.Stats(str(where), 0, 0.0)
+    rows = frozen.split.rows
+    starts = [min(start, total - rows) for start in range(0, total, rows)]
+    need = _features.nbytes(specs)
+    place = place_for(where, need, budget)
+    frozen.confirm()
+    track = _progress(len(starts)) if progress else lambda items: items
+    if place == "device":
+        values = _features.on_device(specs, track(starts), frozen)
+    elif place == "host":
+        values = _features.on_host(specs, track(starts), frozen)
+    else:
+        folder = Path(place) / frozen.key()
+        values = _features.on_disk(specs, starts, rows, _counted(frozen, track(starts)), folder)
+        place = str(folder)
+    error = float(np.sqrt(frozen.error[0] / max(frozen.error[1], 1e-30)))
+    return values, _features.Stats(place, need, error)
+
+
+def _counted(frozen: Frozen, ticks: Iterable[int]) -> Callable[[int], list[jax.Array]]:
+    """Moves the progress bar with each chunk that is computed."""
+    ticks = iter(ticks)
+
+    def compute(start: int) -> list[jax.Array]:
+        next(ticks, None)
+        return frozen(start)
+
+    return compute
+
+
+def _progress(total: int) -> Callable[[Iterable[int]], Iterable[int]]:
+    if not sys.stderr.isatty():
+        return lambda items: items
+    from rich.console import Console  # only where somebody looks
+    from rich.progress import track
+
+    return lambda items: track(
+        items, "frozen part", total, console=Console(stderr=True), transient=True
+    )
+
+
+def place_for(where: str | os.PathLike[str], need: int, budget: int | None) -> str:
+    """Where so many bytes go: "device", "host" or a folder."""
+    if where not in ("auto", "device", "host"):
+        return os.fspath(where)
+    on_cpu = jax.default_backend() == "cpu"
+    if where == "auto":
+        room = budget if budget is not None else _free(on_cpu) // 2
+        if need <= room:
+            return "device"
+        if not on_cpu and need <= _free(host=True) // 2:
+            return "host"
+    elif budget is None or need <= budget:
+        return str(where)
+    limit = f"the budget is {budget:,}" if budget is not None else "there is no room for that"
+    raise StageError(
+        f"the features take {need:,} bytes and {limit}. Keep them on disk "
+        '(where="path/to/folder"), store them in fewer bits (features_dtype="bfloat16" or '
+        '"int8"), or raise budget_bytes.'
+    )
+
+
+def _free(host: bool) -> int:
+    stats = None if host else jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not a POSIX system: no telling
+        return sys.maxsize

@@ -1,0 +1,85 @@
+"""A scan over stacked layers of which the first are frozen, cut into two scans.
+
+Where the layers' parameters are stacked along axis 0 and only the last ones are trained, the
+scan runs over `concatenate([frozen, trained])`. As one equation it would be differentiated
+whole; as two, the first scan has frozen inputs only and can be staged.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.extend import core as jex
+from jax.extend.core import primitives
+
+
+class Parts(NamedTuple):
+    """The two scans as a jaxpr over the equation's inputs and a few values more."""
+
+    jaxpr: jex.Jaxpr
+    consts: Sequence[Any]
+    extra: list[Any]
+
+
+def split_scan(
+    eqn: jex.JaxprEqn, before: Sequence[jex.JaxprEqn], varying: set[jex.Var]
+) -> Parts | None:
+    """Cuts a scan where its stacked inputs turn from frozen to trainable, or returns None.
+
+    Args:
+        eqn: the scan.
+        before: the equations that come before it.
+        varying: the values that depend on what is trained.
+    """
+    params = eqn.params
+    if params["reverse"]:
+        return None
+    fixed = params["num_consts"] + params["num_carry"]
+    if any(v in varying for v in eqn.invars[:fixed] if isinstance(v, jex.Var)):
+        return None
+    maker = {v: e for e in before for v in e.outvars}
+    stacks: dict[int, tuple[Any, Any]] = {}
+    for i, v in enumerate(eqn.invars[fixed:], fixed):
+        if isinstance(v, jex.Var) and v in varying:
+            halves = _frozen_then_trained(maker.get(v), varying)
+            if halves is None:
+                return None
+            stacks[i] = halves
+    where = {first.aval.shape[0] for first, _ in stacks.values()}
+    if len(where) != 1:
+        return None
+    (k,) = where
+    order = list(stacks)
+
+    def two_scans(*values):
+        args, extra = values[: len(eqn.invars)], values[len(eqn.invars) :]
+        firsts = dict(zip(order, extra[: len(order)], strict=True))
+        rests = dict(zip(order, extra[len(order) :], strict=True))
+        consts, carry = args[: params["num_consts"]], args[params["num_consts"] : fixed]
+        ys = []
+        for part, start, stop in ((firsts, 0, k), (rests, k, params["length"])):
+            xs = [
+                part[i] if i in part else lax.slice_in_dim(x, start, stop)
+                for i, x in enumerate(args[fixed:], fixed)
+            ]
+            outs = primitives.scan_p.bind(
+                *consts, *carry, *xs, **{**params, "length": stop - start}
+            )
+            carry, y = outs[: params["num_carry"]], outs[params["num_carry"] :]
+            ys.append(y)
+        return [*carry, *(lax.concatenate(both, 0) for both in zip(*ys, strict=True))]
+
+    extra = [first for first, _ in stacks.values()] + [rest for _, rest in stacks.values()]
+    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in [*eqn.invars, *extra]]
+    closed = jax.make_jaxpr(two_scans)(*avals)
+    return Parts(closed.jaxpr, closed.consts, extra)
+
+
+def _frozen_then_trained(eqn: jex.JaxprEqn | None, varying: set[jex.Var]):
+    if eqn is None or eqn.primitive is not primitives.concatenate_p:
+        return None
+    if eqn.params["dimension"] != 0 or len(eqn.invars) != 2:
+        return None
+    first, rest = eqn.invars
+    return None if isinstance(first, jex.Var) and first in varying else (first, rest)
