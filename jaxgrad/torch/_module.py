@@ -20,6 +20,7 @@ MAX_DEPTH = 128
 # and a module tree of 200,000 modules.
 MAX_NAMES_COST = 1 << 27
 MAX_CONFIG_LENGTH = 64
+MAX_NAMED_ELEMENTS = 1024
 _NODE_COST, _MODULE_COST, _ENTRY_COST = 64, 256, 8
 _SCALARS = (bool, int, float, str)
 
@@ -79,7 +80,7 @@ class Contents:
             raise MalformedError(reason, _shown(name))
         self._left -= len(name) + cost
         if self._left < 0:
-            raise MalformedError("shared parts give too many names", _shown(name))
+            raise MalformedError("too many names (parts may be shared)", _shown(name))
 
     def add(self, kind: dict[str, Any], name: str, value: Any) -> None:
         """Puts a leaf under its name, which must be new."""
@@ -111,6 +112,9 @@ def _visit(found: Contents, name: str, node: Any, depth: int) -> None:
         found.add(found.tensors, name, node)
     elif node is None or isinstance(node, _SCALARS):
         found.add(found.values, name, node)
+    elif _is_long_plain(node):
+        found.enter(name, depth, _ENTRY_COST * len(node))
+        found.add(found.values, name, tuple(node))
     elif isinstance(node, Unreadable):
         raise MalformedError(node.reason, _shown(name))
     elif isinstance(node, Object) and _is_module(node.state):
@@ -123,6 +127,15 @@ def _visit(found: Contents, name: str, node: Any, depth: int) -> None:
             return
         for key, child in children:
             _visit(found, _join(name, key), child, depth + 1)
+
+
+def _is_long_plain(node: Any) -> bool:
+    """Whether a sequence, say a history of losses, is better one value than many."""
+    return (
+        isinstance(node, (list, tuple))
+        and len(node) > MAX_NAMED_ELEMENTS
+        and all(element is None or isinstance(element, _SCALARS) for element in node)
+    )
 
 
 def _children(node: Any) -> Iterable[tuple[Any, Any]] | None:
@@ -158,12 +171,13 @@ def _visit_module(found: Contents, name: str, node: Object, depth: int) -> Modul
         present = {key: value for key, value in group.items() if value is not None}
         for key, value in present.items():
             full = _join(name, key)
+            found.enter(full, depth)
             if isinstance(value, Unreadable):
                 raise MalformedError(value.reason, _shown(full))
             if not isinstance(value, Tensor):
                 kind = value.cls if isinstance(value, Object) else type(value).__name__
                 raise MalformedError(
-                    f"is a {shorten(kind)}, not a tensor with values", shorten(full)
+                    f"is a {shorten(kind)}, not a tensor with values", _shown(full)
                 )
             found.add(found.tensors, full, value)
         own.append(tuple(str(key) for key in present))
@@ -174,9 +188,7 @@ def _visit_module(found: Contents, name: str, node: Object, depth: int) -> Modul
         full = _join(name, key)
         if not isinstance(child, Object) or not _is_module(child.state):
             kind = child.cls if isinstance(child, Object) else type(child).__name__
-            raise MalformedError(
-                f"is a {shorten(kind)}, not a module of plain state", shorten(full)
-            )
+            raise MalformedError(f"is a {shorten(kind)}, not a module of plain state", _shown(full))
         children[str(key)] = _visit_module(found, full, child, depth + 1)
     return Module(node.cls, _config(state), children, *own)
 

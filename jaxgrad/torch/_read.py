@@ -40,7 +40,8 @@ class Checkpoint:
             ("model.0.weight", "optimizer.state.0.momentum_buffer"), a bare tensor the name "".
         tied: groups of names which view the very same memory, with the same shape and strides.
         module: the structure of a whole-module file, else None.
-        values: the numbers, strings and None ("epoch", "optimizer.param_groups.0.lr").
+        values: the numbers, strings and None ("epoch", "optimizer.param_groups.0.lr"); a sequence
+            of more than 1024 of them is one tuple.
         opaque: other objects, by name, with their class; they were not run and hold no names.
         modules: the whole modules inside a nested checkpoint, by prefix.
     """

@@ -1,7 +1,7 @@
 import pytest
 
 import jaxgrad.torch as jgt
-from jaxgrad.torch import Module
+from jaxgrad.torch import Module, _module
 
 FILES = ("module_zip.pt", "module_legacy.pt", "protocol_5_module.pt")
 
@@ -132,5 +132,15 @@ def test_exponentially_many_shared_modules(write_zip, body):
         children = b"}(" + body.text("a") + b"h\0" + body.text("b") + b"h\0u"
         made += b"q\0" + module(body, children).replace(b"q\0", b"")
     made = b"(" + made + b"l"
-    with pytest.raises(jgt.TorchFileError, match="shared parts give too many names"):
+    with pytest.raises(jgt.TorchFileError, match="too many names"):
         jgt.read(write_zip(made))
+
+
+def test_long_names_of_a_shared_module_cost_their_length(monkeypatch, write_zip, body):
+    monkeypatch.setattr(_module, "MAX_NAMES_COST", 1_000_000)
+    weight = body.tensor(body.storage("0", 1), 0, (1,), (1,)).replace(b"q\0", b"")
+    shared = module(body, parameters=b"}" + body.text("k" * 100_000) + weight + b"s")
+    # The same module twenty times: 20 bytes in the file, 2 MB of names.
+    made = b"](" + shared + b"h\0" * 20 + b"e"
+    with pytest.raises(jgt.TorchFileError, match="too many names"):
+        jgt.read(write_zip(made, {"0": b"1234"}))

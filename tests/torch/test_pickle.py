@@ -207,6 +207,12 @@ def test_names_cost_their_length(monkeypatch, write_zip):
         jgt.read(write_zip((b"}" + key) * 20 + b"N" + b"s" * 20))
 
 
+def test_a_long_history_is_one_value(write_zip):
+    made = b"}(" + b"X\4\0\0\0loss](" + b"K\1" * 1025 + b"eX\3\0\0\0few](K\1K\2eu"
+    values = jgt.read(write_zip(made)).values
+    assert values == {"loss": (1,) * 1025, "few.0": 1, "few.1": 2}
+
+
 def test_nothing_is_run_or_imported(write_zip):
     bodies = (
         b"cantigravity\nfly\n)R",
