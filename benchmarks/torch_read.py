@@ -17,8 +17,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-import jaxgrad as jg
-import jaxgrad.torch
+import jaxgrad.torch as jgt
 
 
 def big_state_dict() -> dict[str, torch.Tensor]:
@@ -35,11 +34,11 @@ def whole_module() -> torch.nn.Module:
 
 
 def open_jaxgrad(path: pathlib.Path) -> list[np.ndarray]:
-    return list(jg.torch.read(path).tensors.values())
+    return list(jgt.read(path).tensors.values())
 
 
 def open_checked(path: pathlib.Path) -> list[np.ndarray]:
-    return list(jg.torch.read(path, checksums=True).tensors.values())
+    return list(jgt.read(path, checksums=True).tensors.values())
 
 
 def open_torch(path: pathlib.Path) -> list[torch.Tensor]:

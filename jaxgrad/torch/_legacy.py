@@ -13,7 +13,7 @@ from typing import Any
 from jaxgrad.torch._errors import MalformedError, shorten
 from jaxgrad.torch._pickle import Machine
 from jaxgrad.torch._rebuild import REBUILD, Unreadable, load_storage
-from jaxgrad.torch._tensors import Storage, checked_int
+from jaxgrad.torch._tensors import Storage
 
 # The pickle of 0x1950a86a20f9469cfc6c, by which such a file is known.
 MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -84,7 +84,7 @@ def _place(data: mmap.mmap, at: int, keys: Any, loaded: dict[str, Storage]) -> N
         if at + 8 > len(data):
             raise MalformedError("the file ends before this storage: it is truncated", name)
         (count,) = struct.unpack_from("<q", data, at)
-        if checked_int(count, "element count") * storage.dtype.itemsize != storage.nbytes:
+        if count * storage.dtype.itemsize != storage.nbytes:
             raise MalformedError(
                 f"has {count} elements of {storage.dtype}, the object says otherwise", name
             )

@@ -16,9 +16,12 @@ from jaxgrad.torch._rebuild import Unreadable
 from jaxgrad.torch._tensors import Tensor
 
 MAX_DEPTH = 128
-MAX_NAMES_COST = 1 << 27  # characters of names, plus _NODE_COST for each visited node
+# A walk's limit, in characters of names, with visits weighed by what they take: some 10 s at most,
+# and a module tree of 200,000 modules.
+MAX_NAMES_COST = 1 << 27
 MAX_CONFIG_LENGTH = 64
-_NODE_COST = 64
+MAX_NAMED_ELEMENTS = 1024
+_NODE_COST, _MODULE_COST, _ENTRY_COST = 64, 256, 8
 _SCALARS = (bool, int, float, str)
 
 
@@ -67,24 +70,28 @@ class Contents:
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
     opaque: dict[str, str] = dataclasses.field(default_factory=dict)
     modules: dict[str, Module] = dataclasses.field(default_factory=dict)
-    _left: int = MAX_NAMES_COST
+    _left: int = dataclasses.field(default_factory=lambda: MAX_NAMES_COST)
     _names: set[str] = dataclasses.field(default_factory=set)
 
-    def enter(self, name: str, depth: int, size: int = 0) -> None:
-        """Counts a visit of `name`, a node of `size` further entries, against the limits."""
+    def enter(self, name: str, depth: int, cost: int = _NODE_COST) -> None:
+        """Counts a visit of `name` against the limits."""
         if depth > MAX_DEPTH:
             reason = f"nested deeper than {MAX_DEPTH} levels, or inside itself"
-            raise MalformedError(reason, shorten(name))
-        self._left -= len(name) + _NODE_COST * (1 + size)
+            raise MalformedError(reason, _shown(name))
+        self._left -= len(name) + cost
         if self._left < 0:
-            raise MalformedError("shared parts give too many names", shorten(name))
+            raise MalformedError("too many names (parts may be shared)", _shown(name))
 
     def add(self, kind: dict[str, Any], name: str, value: Any) -> None:
         """Puts a leaf under its name, which must be new."""
         if name in self._names:
-            raise MalformedError("two entries have this name", shorten(name))
+            raise MalformedError("two entries have this name", _shown(name))
         self._names.add(name)
         kind[name] = value
+
+
+def _shown(name: str) -> str:
+    return shorten(name) or "the saved object"
 
 
 def contents(root: Any) -> Contents:
@@ -105,8 +112,11 @@ def _visit(found: Contents, name: str, node: Any, depth: int) -> None:
         found.add(found.tensors, name, node)
     elif node is None or isinstance(node, _SCALARS):
         found.add(found.values, name, node)
+    elif _is_long_plain(node):
+        found.enter(name, depth, _ENTRY_COST * len(node))
+        found.add(found.values, name, tuple(node))
     elif isinstance(node, Unreadable):
-        raise MalformedError(node.reason, shorten(name))
+        raise MalformedError(node.reason, _shown(name))
     elif isinstance(node, Object) and _is_module(node.state):
         found.modules[name] = _visit_module(found, name, node, depth)
     else:
@@ -117,6 +127,15 @@ def _visit(found: Contents, name: str, node: Any, depth: int) -> None:
             return
         for key, child in children:
             _visit(found, _join(name, key), child, depth + 1)
+
+
+def _is_long_plain(node: Any) -> bool:
+    """Whether a sequence, say a history of losses, is better one value than many."""
+    return (
+        isinstance(node, (list, tuple))
+        and len(node) > MAX_NAMED_ELEMENTS
+        and all(element is None or isinstance(element, _SCALARS) for element in node)
+    )
 
 
 def _children(node: Any) -> Iterable[tuple[Any, Any]] | None:
@@ -142,7 +161,8 @@ def _is_module(state: Any) -> bool:
 def _visit_module(found: Contents, name: str, node: Object, depth: int) -> Module:
     state = node.state
     groups = (state["_parameters"], state["_buffers"], state["_modules"])
-    found.enter(name, depth, len(state) + sum(len(group) for group in groups))
+    size = len(state) + sum(len(group) for group in groups)
+    found.enter(name, depth, _MODULE_COST + _ENTRY_COST * size)
     unsaved = state.get("_non_persistent_buffers_set")
     unsaved = unsaved if isinstance(unsaved, (set, frozenset)) else ()
     buffers = {key: value for key, value in state["_buffers"].items() if key not in unsaved}
@@ -151,12 +171,13 @@ def _visit_module(found: Contents, name: str, node: Object, depth: int) -> Modul
         present = {key: value for key, value in group.items() if value is not None}
         for key, value in present.items():
             full = _join(name, key)
+            found.enter(full, depth)
             if isinstance(value, Unreadable):
-                raise MalformedError(value.reason, shorten(full))
+                raise MalformedError(value.reason, _shown(full))
             if not isinstance(value, Tensor):
                 kind = value.cls if isinstance(value, Object) else type(value).__name__
                 raise MalformedError(
-                    f"is a {shorten(kind)}, not a tensor with values", shorten(full)
+                    f"is a {shorten(kind)}, not a tensor with values", _shown(full)
                 )
             found.add(found.tensors, full, value)
         own.append(tuple(str(key) for key in present))
@@ -167,9 +188,7 @@ def _visit_module(found: Contents, name: str, node: Object, depth: int) -> Modul
         full = _join(name, key)
         if not isinstance(child, Object) or not _is_module(child.state):
             kind = child.cls if isinstance(child, Object) else type(child).__name__
-            raise MalformedError(
-                f"is a {shorten(kind)}, not a module of plain state", shorten(full)
-            )
+            raise MalformedError(f"is a {shorten(kind)}, not a module of plain state", _shown(full))
         children[str(key)] = _visit_module(found, full, child, depth + 1)
     return Module(node.cls, _config(state), children, *own)
 

@@ -71,7 +71,7 @@ class Machine:
         end = min(len(data), at + MAX_PICKLE_BYTES)
         table = self._table()
         stack, memo = self._stack, self._memo
-        start, code = at, 0
+        begin, start, code = at, at, 0
         try:
             for _ in range(MAX_OPCODES):
                 start, code = at, data[at]
@@ -109,16 +109,19 @@ class Machine:
                 raise MalformedError("the pickle does not end with exactly one object")
             return stack[0], at + 1
         except MalformedError as error:
-            reason, entry = error.reason, error.entry
+            if error.entry:
+                raise
+            reason = error.reason
         except ValueError as error:
-            reason, entry = shorten(str(error)), ""
+            reason = shorten(str(error))
         except KeyError as error:
-            reason, entry = f"memo entry {error} does not exist", ""
+            reason = f"memo entry {error} does not exist"
         except (IndexError, struct.error):
             underflow = "an opcode takes more than the stack holds"
-            reason, entry = underflow if at < end else "the pickle ends early", ""
+            reason = underflow if at < end else "the pickle ends early"
         name = OPCODES[code].name if code in OPCODES else f"0x{code:02x}"
-        raise MalformedError(f"{reason} (opcode {name} at byte {start} of the pickle)", entry)
+        where = f"opcode {name} at byte {start - begin} of the pickle"
+        raise MalformedError(f"{reason} ({where})")
 
     def _table(self) -> list[tuple[Decode | None, Any]]:
         """By opcode byte, its decoder and its handler; STOP and unknown bytes have neither."""

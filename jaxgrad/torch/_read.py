@@ -40,7 +40,8 @@ class Checkpoint:
             ("model.0.weight", "optimizer.state.0.momentum_buffer"), a bare tensor the name "".
         tied: groups of names which view the very same memory, with the same shape and strides.
         module: the structure of a whole-module file, else None.
-        values: the numbers, strings and None ("epoch", "optimizer.param_groups.0.lr").
+        values: the numbers, strings and None ("epoch", "optimizer.param_groups.0.lr"); a sequence
+            of more than 1024 of them is one tuple.
         opaque: other objects, by name, with their class; they were not run and hold no names.
         modules: the whole modules inside a nested checkpoint, by prefix.
     """
@@ -134,7 +135,7 @@ def read(path: str | os.PathLike[str], *, checksums: bool = False) -> Checkpoint
             shards. The content decides, not the suffix.
         checksums: whether to read every storage of a zip file through and compare it with its
             CRC-32. Otherwise that is done for the pickle and the small storages only, since it
-            costs reading the whole file. The other formats carry no checksums.
+            costs reading the whole file. Other formats carry none and are refused then.
 
     Returns:
         The checkpoint: dotted names to read-only NumPy arrays over the file. 16- and 8-bit floats
@@ -159,12 +160,14 @@ def read(path: str | os.PathLike[str], *, checksums: bool = False) -> Checkpoint
         if data[:4] == b"PK\3\4":
             found = contents(load_zip(data, checksums))
             return _checkpoint(path, "zip", found, data)
+        if path.name.endswith(".index.json"):
+            return _read_shards(path, data, checksums)
+        if checksums:
+            raise MalformedError("only zip files carry checksums")
         if data[: len(MAGIC)] == MAGIC:
             return _checkpoint(path, "legacy", contents(load_legacy(data)), data)
         if data[8:9] == b"{":
             return _checkpoint(path, "safetensors", load_safetensors(data), data)
-        if path.name.endswith(".index.json"):
-            return _read_shards(path, data, checksums)
         raise MalformedError(_unknown(data))
 
 

@@ -11,10 +11,10 @@ from typing import Any
 from jaxgrad.torch._errors import MalformedError, shorten
 from jaxgrad.torch._pickle import Global, Machine, Object, Rebuild
 from jaxgrad.torch._tensors import (
+    DTYPES,
     STORAGE_DTYPES,
     Storage,
     checked_int,
-    dtype_named,
     make_tensor,
 )
 
@@ -48,11 +48,16 @@ def _tensor_v3(_: Machine, args: tuple[Any, ...]) -> Any:
     # As v2, with the dtype between: these dtypes have no storage class of their own.
     _arity("_rebuild_tensor_v3", args, 7, 8)
     storage, offset, shape, strides, _grad, _hooks, dtype = args[:7]
+    if not isinstance(storage, Storage):
+        raise MalformedError(f"a tensor's storage is a {type(storage).__name__}")
     if not isinstance(dtype, Global) or not dtype.name.startswith("torch."):
         raise MalformedError(f"a tensor's dtype is a {type(dtype).__name__}")
     metadata = args[7] if len(args) == 8 else None
-    named = dtype_named(dtype.name.removeprefix("torch."))
-    return make_tensor(storage, named, offset, shape, strides, metadata)
+    name = dtype.name.removeprefix("torch.")
+    if name not in DTYPES:
+        readable = ", ".join(DTYPES)
+        return Unreadable(f"has the dtype torch.{shorten(name)}; readable are {readable}")
+    return make_tensor(storage, DTYPES[name], offset, shape, strides, metadata)
 
 
 def _parameter(_: Machine, args: tuple[Any, ...]) -> Any:
@@ -141,6 +146,6 @@ def load_storage(fields: tuple[Any, ...], place: Callable[[str, int], int]) -> S
         return Unreadable(_QUANTISED)
     if kind.name not in STORAGE_DTYPES:
         raise MalformedError(f"unknown storage type {shorten(kind.name)}")
-    dtype = dtype_named(STORAGE_DTYPES[kind.name])
+    dtype = DTYPES[STORAGE_DTYPES[kind.name]]
     nbytes = checked_int(checked_int(numel, "storage size") * dtype.itemsize, "storage bytes")
     return Storage(key, dtype, nbytes, place(key, nbytes))

@@ -8,13 +8,14 @@ cover the data without holes or overlaps, and each is as long as its shape says.
 import json
 import math
 import mmap
+import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxgrad.torch._errors import MalformedError, shorten
 from jaxgrad.torch._module import Contents
-from jaxgrad.torch._tensors import Storage, Tensor, checked_int, dtype_named, make_tensor
+from jaxgrad.torch._tensors import DTYPES, MAX_RANK, Storage, Tensor, checked_int, make_tensor
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
@@ -94,7 +95,9 @@ def _tensor(fields: Any, base: int, end: int) -> Tensor:
         raise MalformedError(reason)
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
         raise MalformedError("shape and data_offsets must be lists, the latter of two")
-    dtype = dtype_named(_DTYPES[dtype_name])
+    if len(shape) > MAX_RANK:
+        raise MalformedError(f"a shape of {len(shape)} dimensions, at most {MAX_RANK} are possible")
+    dtype = DTYPES[_DTYPES[dtype_name]]
     start, stop = (checked_int(offset, "data offset") for offset in offsets)
     shape = tuple(checked_int(size, "dimension") for size in shape)
     nbytes = math.prod(shape) * dtype.itemsize
@@ -138,7 +141,9 @@ def read_index(index: Mapping[str, Any], folder: pathlib.Path) -> dict[str, list
         if file.endswith(".json"):
             raise MalformedError("its file is itself an index", shorten(name))
         shards.setdefault(file, []).append(name)
+    # Asking for a hostile name could fail in ways of the file system's own.
+    present = {entry.name for entry in os.scandir(folder) if entry.is_file()}
     for file in shards:
-        if not (folder / file).is_file():
+        if file not in present:
             raise MalformedError("this file of the index is missing beside it", shorten(file))
     return shards

@@ -83,16 +83,6 @@ class Tensor:
         return start, self.dtype, self.shape, self.strides, self.conj, self.neg
 
 
-def dtype_named(name: str) -> np.dtype[Any]:
-    """The NumPy dtype of `torch.<name>`."""
-    if name not in DTYPES:
-        raise MalformedError(
-            f"dtype torch.{shorten(name)} has no NumPy counterpart (quantised, packed or unknown); "
-            f"readable are {', '.join(DTYPES)}"
-        )
-    return DTYPES[name]
-
-
 def checked_int(value: Any, what: str) -> int:
     """`value`, when it is an integer in [0, 2**63)."""
     if type(value) is int and 0 <= value <= _MAX_INT64:
@@ -136,6 +126,8 @@ def make_tensor(
             f"'{shorten(storage.key)}' to {numel * itemsize} bytes, over {MAX_EXPANDED_BYTES}"
         )
     conj, neg = _metadata(bits) if bits else (False, False)
+    if (conj and "complex" not in dtype.name) or (neg and dtype.name == "bool"):
+        raise MalformedError(f"dtype {dtype.name} has no {'conjugate' if conj else 'negative'}")
     return Tensor(storage, dtype, offset, tuple(shape), tuple(strides), conj, neg)
 
 

@@ -195,10 +195,15 @@ def load_zip(data: mmap.mmap, checksums: bool) -> Any:
         raise MalformedError(
             f"a pickle of {pickle.size} bytes, at most {MAX_PICKLE_BYTES} are read"
         )
-    _checked(data, pickle)
+    # `torch.serialization.set_crc32_options(False)` writes zeros.
+    has_checksums = pickle.crc != 0
+    if checksums and not has_checksums:
+        raise MalformedError("the file was saved without checksums")
+    if has_checksums:
+        _checked(data, pickle)
     order = entries.get(f"{root}byteorder")
     if order is not None and data[order.start : order.start + min(order.size, 8)] != b"little":
-        raise MalformedError("written on a big-endian machine; save it again there as safetensors")
+        raise MalformedError("not written on a little-endian machine; save it there as safetensors")
     placed: set[str] = set()
 
     def place(key: str, nbytes: int) -> int:
@@ -209,7 +214,7 @@ def load_zip(data: mmap.mmap, checksums: bool) -> Any:
             raise MalformedError(reason, shorten(name))
         if name not in placed:
             placed.add(name)
-            if checksums or entry.size <= EAGER_CRC_BYTES:
+            if checksums or (has_checksums and entry.size <= EAGER_CRC_BYTES):
                 _checked(data, entry)
         return entry.start
 
