@@ -173,9 +173,10 @@ def read(path: str | os.PathLike[str], *, checksums: bool = False) -> Checkpoint
 
 def _map(path: pathlib.Path) -> mmap.mmap:
     with open(path, "rb", opener=_open_regular) as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            raise MalformedError("the file is empty")
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:
+            raise MalformedError("the file is empty") from None
 
 
 def _open_regular(path: str, flags: int) -> int:
