@@ -44,6 +44,13 @@ class Checkpoint:
             of more than 1024 of them is one tuple.
         opaque: other objects, by name, with their class; they were not run and hold no names.
         modules: the whole modules inside a nested checkpoint, by prefix.
+
+    Example:
+        >>> import numpy as np
+        >>> Checkpoint(pathlib.Path("net.pt"), "zip", {"bias": np.zeros(3)}, values={"epoch": 2})
+        net.pt (zip): 1 tensors, 24 bytes
+          bias  (3,)  float64  24
+          and 1 values
     """
 
     path: pathlib.Path
@@ -173,9 +180,10 @@ def read(path: str | os.PathLike[str], *, checksums: bool = False) -> Checkpoint
 
 def _map(path: pathlib.Path) -> mmap.mmap:
     with open(path, "rb", opener=_open_regular) as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            raise MalformedError("the file is empty")
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:
+            raise MalformedError("the file is empty") from None
 
 
 def _open_regular(path: str, flags: int) -> int:
