@@ -79,12 +79,7 @@ def save(
     from orbax.checkpoint import v1 as ocp
 
     path = Path(path).absolute()
-    if path.exists() and not overwrite:
-        raise CheckpointError(f"'{path}' exists. Choose another path, or pass overwrite=True.")
-    if path.exists() and not (path / "_CHECKPOINT_METADATA").is_file():
-        raise CheckpointError(
-            f"'{path}' exists and is no checkpoint, so it is not replaced. Choose another path."
-        )
+    refuse_taken(path, overwrite)
     trained = [] if wrt is None else paths(partition(params, wrt)[0])
     tree = _nested(params)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,6 +181,16 @@ def inspect(path: str | PathLike[str]) -> CheckpointInfo:
         tuple(extra.get("trained", ())),
         extra.get("config", {}),
     )
+
+
+def refuse_taken(path: Path, overwrite: bool) -> None:
+    """Raises where `save` would; a long run asks before it starts."""
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"'{path}' exists. Choose another path, or pass overwrite=True.")
+    if path.exists() and not (path / "_CHECKPOINT_METADATA").is_file():
+        raise CheckpointError(
+            f"'{path}' exists and is no checkpoint, so it is not replaced. Choose another path."
+        )
 
 
 def _replace(new: Path, path: Path) -> None:

@@ -236,6 +236,16 @@ def test_user_errors_are_one_line_and_status_one(runs, capsys, argv, text):
     assert text.format(runs) in err
 
 
+def test_a_taken_directory_is_told_before_the_training(runs, monkeypatch, capsys):
+    monkeypatch.setattr(jg, "fit", lambda *args, **kwargs: pytest.fail("it trained first"))
+    assert output(capsys, "pretrain", "--out", runs / "pretrained")[0] == 1
+    mine = runs / "mine"
+    mine.mkdir()
+    argv = ["finetune", "--from", runs / "pretrained", "--out", mine]
+    status, _, err = output(capsys, *argv)
+    assert status == 1 and "exists and is no checkpoint, so it is not replaced" in err
+
+
 @pytest.mark.parametrize(
     ("argv", "status"), [(["--help"], 0), (["finetune", "--help"], 0), (["fintune"], 2), ([], 2)]
 )

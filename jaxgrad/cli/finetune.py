@@ -12,6 +12,7 @@ import tyro
 
 import jaxgrad as jg
 from jaxgrad import data
+from jaxgrad._checkpoint import refuse_taken
 from jaxgrad.cli._classifier import Classifier
 from jaxgrad.cli._table import table
 from jaxgrad.cli.pretrain import Pretrain, digits_or_files
@@ -62,6 +63,7 @@ class Finetune:
 
         if self.epochs < 1:
             raise ValueError(f"--epochs {self.epochs}; it must be 1 or more.")
+        refuse_taken(self.out, overwrite=True)
         console = Console(soft_wrap=True)
         source = self.source or _PRETRAINED
         if self.source is None and not source.exists():

@@ -10,6 +10,7 @@ import tyro
 
 import jaxgrad as jg
 from jaxgrad import data
+from jaxgrad._checkpoint import refuse_taken
 from jaxgrad.cli._classifier import Classifier
 
 
@@ -46,6 +47,7 @@ class Pretrain:
         """Trains, reports and saves."""
         from rich.console import Console
 
+        refuse_taken(self.out, self.overwrite)
         console = Console(soft_wrap=True)
         train, test = digits_or_files(self.data, self.classes)
         outputs = max(10, *(c + 1 for c in self.classes))
