@@ -279,19 +279,26 @@ def _call(
     extra: dict[str, Any],
 ) -> tuple[PyTree, Any]:
     try:
-        return tx.update(updates, state, params, **extra)
+        new, after = tx.update(updates, state, params, **extra)
     except (TypeError, ValueError) as e:
         # Optax reports a state made for other leaves as a mismatch deep in some tree map.
-        given = params if params is not None else updates
-        needed, had = (set(paths(s)) for s in (jax.eval_shape(tx.init, given), state))
-        if needed != had:
-            lacks, excess = (sorted(map(repr, s)) for s in (needed - had, had - needed))
-            raise UpdateError(
-                f"the state was made for other leaves than have gradients: it lacks "
-                f"{listed(lacks) or 'none'}, and has {listed(excess) or 'none'} in excess. Make it "
-                "by tx.init(trainable), from `trainable, frozen = jaxgrad.partition(params, wrt)`."
-            ) from e
+        _refuse_other_leaves(tx, updates if params is None else params, state, e)
         raise
+    if jax.tree.structure(after) != jax.tree.structure(state):
+        # Others of its maps read a hole as a leaf, and drop that leaf's momentum in silence.
+        _refuse_other_leaves(tx, updates if params is None else params, state, None)
+    return new, after
+
+
+def _refuse_other_leaves(tx: Any, given: PyTree, state: Any, cause: Exception | None) -> None:
+    needed, had = (set(paths(s)) for s in (jax.eval_shape(tx.init, given), state))
+    if needed != had:
+        lacks, excess = (sorted(map(repr, s)) for s in (needed - had, had - needed))
+        raise UpdateError(
+            f"the state was made for other leaves than have gradients: it lacks "
+            f"{listed(lacks) or 'none'}, and has {listed(excess) or 'none'} in excess. Make it "
+            "by tx.init(trainable), from `trainable, frozen = jaxgrad.partition(params, wrt)`."
+        ) from cause
 
 
 def _owners(flat: Flat, groups: Iterable[tuple[Wrt, Any]]) -> list[int | None]:

@@ -147,8 +147,8 @@ def fit(
     run = _compile(plan.objective, takes_key, tx)
 
     # The first chunk takes over the buffers it is given, and these are the caller's.
-    trainable = jax.tree.map(jnp.copy, trainable)
-    carry = (trainable, tx.init(trainable))
+    # Some optimizers keep the parameters themselves in their state: a copy for each place.
+    carry = jax.tree.map(jnp.copy, (trainable, tx.init(trainable)))
     data = jax.tree.map(jnp.asarray, plan.data)
     losses: list[np.ndarray] = []
     history: list[dict[str, float]] = []

@@ -9,6 +9,7 @@ import gzip
 import math
 import struct
 import zipfile
+import zlib
 from collections.abc import Collection
 from os import PathLike
 from pathlib import Path
@@ -173,7 +174,7 @@ def read_idx(path: str | PathLike[str]) -> np.ndarray:
     try:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except (gzip.BadGzipFile, EOFError, OSError) as e:
+    except (gzip.BadGzipFile, EOFError, OSError, zlib.error) as e:
         if isinstance(e, FileNotFoundError):
             raise
         raise DataError(f"'{path}' can't be read: {e}") from e
@@ -229,7 +230,7 @@ def _read_npz(path: Path) -> dict[tuple[str, str], np.ndarray]:
                     f"'{path}' has no {', '.join(missing)}; it has {', '.join(archive.files)}."
                 )
             return {key: archive[name] for key, name in names.items()}
-    except (ValueError, EOFError, TypeError, zipfile.BadZipFile) as e:
+    except (ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as e:
         if isinstance(e, DataError):
             raise
         raise DataError(f"'{path}' is no .npz file, or a broken one: {e}") from e

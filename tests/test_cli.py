@@ -200,6 +200,8 @@ def test_layers_that_run_in_an_order_of_ones_own(tmp_path, capsys):
             "holds numbers from -3 to -3; images",
         ),
         (["predict", "--from", "{}/pretrained", "{}/two.npz"], "it holds a, b; expected one array"),
+        (["predict", "--from", "{}/pretrained", "{}/empty.npy"], "'{}/empty.npy' can't be read"),
+        (["predict", "--from", "{}/pretrained", "{}/junk.npz"], "'{}/junk.npz' can't be read"),
         (["predict", "--from", "{}/other", "{}/small.npy"], "was not saved by `jaxgrad pretrain`"),
         (["finetune", "--from", "{}/nowhere"], "no checkpoint at '{}/nowhere'"),
         (
@@ -224,6 +226,8 @@ def test_layers_that_run_in_an_order_of_ones_own(tmp_path, capsys):
 )
 def test_user_errors_are_one_line_and_status_one(runs, capsys, argv, text):
     (runs / "text.png").write_text("not a picture")
+    (runs / "empty.npy").write_bytes(b"")
+    (runs / "junk.npz").write_bytes(b"PK\x03\x04junk")
     np.save(runs / "small.npy", np.ones((5, 5)))
     np.save(runs / "wild.npy", np.full((28, 28), -3.0))
     np.savez(runs / "two.npz", a=np.ones(2), b=np.ones(2))

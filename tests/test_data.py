@@ -137,6 +137,14 @@ def test_broken_npz_files(tmp_path):
             data.mnist(file)
 
 
+def test_a_damaged_compressed_stream(tmp_path):
+    packed = bytearray(gzip.compress(idx(IMAGES["train"]), mtime=0))
+    packed[40:48] = bytes(x ^ 0xFF for x in packed[40:48])
+    (tmp_path / "a.gz").write_bytes(packed)
+    with pytest.raises(data.DataError, match="can't be read"):
+        data.read_idx(tmp_path / "a.gz")
+
+
 def test_a_hostile_npz_is_not_run(tmp_path):
     file = tmp_path / "a.npz"
     np.savez(file, **{f"{a}_{b}": np.array([print]) for a in "xy" for b in ("train", "test")})

@@ -315,6 +315,12 @@ def test_a_state_for_other_leaves():
     )
 
 
+def test_momentum_is_not_dropped_in_silence():
+    tx = jg.param_groups({"**": optax.sgd(1.0, momentum=0.9)})
+    text = error_of(tx.update, GRADS, tx.init(PARAMS), GRADS)
+    assert "and has '0/trace/trunk' in excess." in text
+
+
 def test_errors_of_a_transformation_are_its_own():
     def update(updates, state, params=None):
         raise ValueError("mine")

@@ -116,6 +116,13 @@ def test_a_loss_with_a_key_gets_a_new_one_each_step():
         run(None)
 
 
+def test_an_optimizer_whose_state_holds_the_parameters():
+    loss, params, dataset = make()
+    with jax.numpy_dtype_promotion("standard"):
+        state = jg.fit(loss, params, dataset, optax.contrib.prodigy(), batch_size=11)
+    assert state.step == 2 and np.isfinite(state.losses).all()
+
+
 def test_callbacks_add_to_the_history_and_can_stop():
     loss, params, dataset = make()
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Annotated
 
@@ -53,7 +55,7 @@ def _read(file: Path, side: int) -> np.ndarray:
         raise FileNotFoundError(f"no file '{file}'.")
     try:
         array = _array(file) if file.suffix in (".npy", ".npz") else _picture(file, side)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
         raise data.DataError(f"'{file}' can't be read: {e}") from e
     if array.size == 0 or array.size % side**2 or array.shape[-1] not in (side, side**2):
         raise data.DataError(
