@@ -128,7 +128,7 @@ def load(path: str | PathLike[str], into: T) -> T:
         p: jax.ShapeDtypeStruct(jnp.shape(x), info.leaves[p].dtype, sharding=device)
         for p, x in wanted.items()
     }
-    loaded = flatten(ocp.load(str(Path(path).absolute()), _nest(abstract)))
+    loaded = flatten(ocp.load(str(Path(path).absolute()), nest(abstract)))
     arrays = dict(zip(loaded.paths, loaded.leaves, strict=True))
     return flat.treedef.unflatten(
         [
@@ -239,10 +239,11 @@ def _nested(params: PyTree) -> dict[str, Any]:
             )
             + '. Save a tree like {"kernel": array}.'
         )
-    return _nest(leaves)
+    return nest(leaves)
 
 
-def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts of leaves by path, as they are stored."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *parents, name = path.split("/")

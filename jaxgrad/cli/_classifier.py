@@ -12,6 +12,7 @@ import optax
 
 import jaxgrad as jg
 from jaxgrad import data
+from jaxgrad._checkpoint import nest
 from jaxgrad._select import flatten
 
 
@@ -122,20 +123,14 @@ class Classifier:
 
 def read_tree(path: Path) -> dict[str, Any]:
     """All arrays of a checkpoint, as nested dicts of their paths."""
-    return jg.load(path, into=_nest(jg.inspect(path).leaves))
+    return jg.load(path, into=nest(jg.inspect(path).leaves))
 
 
 def _joined(params: Any, stats: Any) -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for flat in map(flatten, (params, stats)):
         leaves |= dict(zip(flat.paths, flat.leaves, strict=True))
-    return _nest(leaves)
-
-
-def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    from flax.traverse_util import unflatten_dict
-
-    return unflatten_dict(dict(leaves), sep="/")
+    return nest(leaves)
 
 
 def _steps(source: "jg.torch.Checkpoint", forward: Sequence[str]) -> list[Any]:
