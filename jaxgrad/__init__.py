@@ -7,9 +7,11 @@ from jaxgrad._autograd import GradientError, backward, grad, stop_gradient, valu
 from jaxgrad._checkpoint import CheckpointError, CheckpointInfo, inspect, load, save
 from jaxgrad._functional import Apply, functional
 from jaxgrad._graph import Equation, Graph, trace
+from jaxgrad._hook import HookError, hook
 from jaxgrad._optim import Assignment, ParamGroups, UpdateError, apply_updates, param_groups
 from jaxgrad._select import MergeError, SelectionError, Wrt, merge, partition, paths, select
 from jaxgrad._stage import Staged, StageError, stage
+from jaxgrad._tap import TapError, tap
 from jaxgrad._train import NonFiniteLossError, StopTraining, TrainState, fit
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ __all__ = [
     "Equation",
     "GradientError",
     "Graph",
+    "HookError",
     "MergeError",
     "NonFiniteLossError",
     "ParamGroups",
@@ -30,6 +33,7 @@ __all__ = [
     "StageError",
     "Staged",
     "StopTraining",
+    "TapError",
     "TrainState",
     "UpdateError",
     "Wrt",
@@ -39,6 +43,7 @@ __all__ = [
     "fit",
     "functional",
     "grad",
+    "hook",
     "inspect",
     "load",
     "merge",
@@ -50,6 +55,7 @@ __all__ = [
     "select",
     "stage",
     "stop_gradient",
+    "tap",
     "torch",
     "trace",
     "value_and_grad",

@@ -27,6 +27,7 @@ from jaxgrad._select import (
     nnx_types,
     partition,
 )
+from jaxgrad._tap import value_and_grads_of_taps
 
 T = TypeVar("T")
 
@@ -43,6 +44,7 @@ def value_and_grad(
     *,
     has_aux: bool = False,
     microbatches: int | None = None,
+    taps: bool = False,
 ) -> Callable[..., tuple[Any, PyTree]]:
     """Returns a function for the value of `fun` and its gradient in the selected parameters.
 
@@ -57,17 +59,21 @@ def value_and_grad(
             part a key of its own, and everything else goes to each part whole. Value and
             gradient are means over the parts: those of the whole batch for a `fun` that is a
             mean over examples.
+        taps: whether to return the cotangents of the values that `fun` names with `tap` as well.
 
     Returns:
         A function of the arguments of `fun` that returns `(value, grads)`, with `has_aux`
-        `((value, aux), grads)`. `grads` has the structure of `params`, shapes and dtypes of
-        the selected leaves, and `None` for the others. The `aux` of microbatches is stacked
-        along a new first axis. The function composes with `jit`, `vmap`, `scan` and itself.
+        `((value, aux), grads)`; with `taps`, `(grads, taps)` stands for `grads`, and `taps` is a
+        dict from the names to the cotangents (see `tap`), stacked as `aux` is. `grads` has the
+        structure of `params`, shapes and dtypes of the selected leaves, and `None` for the
+        others. The `aux` of microbatches is stacked along a new first axis. The function composes
+        with `jit`, `vmap`, `scan` and itself.
 
     Raises:
         SelectionError: see `select`; or a selected leaf is no float, or a running statistic.
         GradientError: `fun` returns no scalar, changed the state of an NNX module in `params`
             (which would be lost), or the batch can't be split evenly.
+        TapError: see `tap`.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxgrad as jg
@@ -94,10 +100,17 @@ def value_and_grad(
             return _scalar(value), aux
 
         differentiate = jax.value_and_grad(of_selected, has_aux=True)
+        if taps:
+            differentiate = value_and_grads_of_taps(of_selected)
         if microbatches is None:
             (value, aux), grads = differentiate(selected, args, kwargs)
         else:
             value, aux, grads = _accumulate(differentiate, selected, args, kwargs, microbatches)
+        if taps:
+            aux, named = aux
+            if microbatches is not None:  # the value is the mean of the parts
+                named = jax.tree.map(lambda cotangent: cotangent / microbatches, named)
+            grads = grads, named
         return ((value, aux) if has_aux else value), grads
 
     return wrapped
@@ -109,6 +122,7 @@ def grad(
     *,
     has_aux: bool = False,
     microbatches: int | None = None,
+    taps: bool = False,
 ) -> Callable[..., PyTree]:
     """Returns a function for the gradient of `fun` in the selected parameters.
 
@@ -117,14 +131,16 @@ def grad(
         wrt: see `value_and_grad`.
         has_aux: see `value_and_grad`.
         microbatches: see `value_and_grad`.
+        taps: see `value_and_grad`.
 
     Returns:
         A function of the arguments of `fun` that returns `grads`, with `has_aux`
-        `(grads, aux)`; see `value_and_grad`.
+        `(grads, aux)`; with `taps`, `(grads, taps)` stands for `grads`. See `value_and_grad`.
 
     Raises:
         SelectionError: see `value_and_grad`.
         GradientError: see `value_and_grad`.
+        TapError: see `tap`.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxgrad as jg
@@ -138,7 +154,7 @@ def grad(
 
     Source: `torch.autograd.grad(outputs, inputs)`.
     """
-    both = value_and_grad(fun, wrt, has_aux=has_aux, microbatches=microbatches)
+    both = value_and_grad(fun, wrt, has_aux=has_aux, microbatches=microbatches, taps=taps)
 
     def wrapped(params: PyTree, *args: Any, **kwargs: Any) -> PyTree:
         value, grads = both(params, *args, **kwargs)

@@ -13,7 +13,7 @@ from jax.extend import core as jex
 
 _FREE = """
 bitcast_convert_type broadcast_in_dim concatenate convert_element_type copy copy_p device_put
-expand_dims iota name optimization_barrier pad random_unwrap random_wrap reshape rev
+expand_dims iota jaxgrad_tap name optimization_barrier pad random_unwrap random_wrap reshape rev
 sharding_constraint slice split squeeze stop_gradient transpose
 """
 

@@ -269,6 +269,7 @@ RULES: dict[str, Callable[[Step], int | Sequence[int | None]]] = {
     "dynamic_update_slice": _dynamic_update_slice,
     "fft": _trailing("fft_lengths"),
     "gather": _gather,
+    "jaxgrad_tap": lambda step: step.axes,
     "device_put": lambda step: step.axes,
     "optimization_barrier": lambda step: step.axes,
     "pad": _pad,

@@ -1,0 +1,48 @@
+"""Running a jaxpr equation by equation, with a say in how each one is run.
+
+JAX evaluates a jaxpr whole. What changes one equation of a function (a tap) or looks at the values
+in between (the search for a NaN) reads them off the trace instead, and binds everything else as it
+was written, in its scope and with its source line.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jax.extend import core as jex
+from jax.extend import source_info_util
+
+Values = Sequence[Any]
+
+
+def interpret(
+    jaxpr: jex.Jaxpr,
+    consts: Values,
+    args: Values,
+    equation: Callable[[jex.JaxprEqn, Values], Values],
+) -> list[Any]:
+    """Runs a jaxpr, each equation by `equation(eqn, values)`, and returns its outputs."""
+    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+    last = {v: i for i, e in enumerate(jaxpr.eqns) for v in e.invars if isinstance(v, jex.Var)}
+    kept = {v for v in jaxpr.outvars if isinstance(v, jex.Var)}
+
+    def read(atom: jex.Var | jex.Literal) -> Any:
+        return atom.val if isinstance(atom, jex.Literal) else env[atom]
+
+    for i, eqn in enumerate(jaxpr.eqns):
+        outs = equation(eqn, [read(v) for v in eqn.invars])
+        env.update(zip(eqn.outvars, outs, strict=True))
+        # As much memory as the function itself takes, and no more.
+        for v in {v for v in eqn.invars if isinstance(v, jex.Var)} - kept:
+            if last[v] == i:
+                del env[v]
+    return [read(v) for v in jaxpr.outvars]
+
+
+def bind(eqn: jex.JaxprEqn, values: Values) -> Values:
+    """Runs one equation as it was written."""
+    info = eqn.source_info
+    stack = source_info_util.current_name_stack() + info.name_stack
+    params = eqn.primitive.get_bind_params(eqn.params)
+    with source_info_util.user_context(info.traceback, name_stack=stack), eqn.ctx.manager:
+        out = eqn.primitive.bind(*values, **params)
+    return out if eqn.primitive.multiple_results else [out]
