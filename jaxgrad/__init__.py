@@ -4,11 +4,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxgrad._autograd import GradientError, backward, grad, stop_gradient, value_and_grad
+from jaxgrad._check_grads import CheckedPath, GradCheck, check_grads
 from jaxgrad._checkpoint import CheckpointError, CheckpointInfo, inspect, load, save
 from jaxgrad._functional import Apply, functional
 from jaxgrad._graph import Equation, Graph, trace
 from jaxgrad._hook import HookError, hook
 from jaxgrad._optim import Assignment, ParamGroups, UpdateError, apply_updates, param_groups
+from jaxgrad._per_example import grad_norms, per_example_grads
 from jaxgrad._select import MergeError, SelectionError, Wrt, merge, partition, paths, select
 from jaxgrad._stage import Staged, StageError, stage
 from jaxgrad._tap import TapError, tap
@@ -20,9 +22,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Apply",
     "Assignment",
+    "CheckedPath",
     "CheckpointError",
     "CheckpointInfo",
     "Equation",
+    "GradCheck",
     "GradientError",
     "Graph",
     "HookError",
@@ -39,10 +43,12 @@ __all__ = [
     "Wrt",
     "apply_updates",
     "backward",
+    "check_grads",
     "data",
     "fit",
     "functional",
     "grad",
+    "grad_norms",
     "hook",
     "inspect",
     "load",
@@ -51,6 +57,7 @@ __all__ = [
     "param_groups",
     "partition",
     "paths",
+    "per_example_grads",
     "save",
     "select",
     "stage",
