@@ -4,11 +4,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxgrad._autograd import GradientError, backward, grad, stop_gradient, value_and_grad
-from jaxgrad._check_grads import CheckedPath, GradCheck, check_grads
+from jaxgrad._check_grads import GradCheck, check_grads
 from jaxgrad._checkpoint import CheckpointError, CheckpointInfo, inspect, load, save
 from jaxgrad._functional import Apply, functional
 from jaxgrad._graph import Equation, Graph, trace
 from jaxgrad._hook import HookError, hook
+from jaxgrad._nonfinite import NonFinite, find_nonfinite
 from jaxgrad._optim import Assignment, ParamGroups, UpdateError, apply_updates, param_groups
 from jaxgrad._per_example import grad_norms, per_example_grads
 from jaxgrad._select import MergeError, SelectionError, Wrt, merge, partition, paths, select
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Apply",
     "Assignment",
-    "CheckedPath",
     "CheckpointError",
     "CheckpointInfo",
     "Equation",
@@ -31,6 +31,7 @@ __all__ = [
     "Graph",
     "HookError",
     "MergeError",
+    "NonFinite",
     "NonFiniteLossError",
     "ParamGroups",
     "SelectionError",
@@ -45,6 +46,7 @@ __all__ = [
     "backward",
     "check_grads",
     "data",
+    "find_nonfinite",
     "fit",
     "functional",
     "grad",
