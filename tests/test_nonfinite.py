@@ -181,10 +181,10 @@ def test_the_layer_of_an_nnx_model():
         def __call__(self, x):
             return jnp.log(self.head(nnx.relu(self.trunk(x) * 0)))
 
-    apply, params = jg.functional(Net())
+    apply, pure = jg.functional(Net())
     for loss, params in (
         (lambda params, x: params(x).sum(), Net()),
-        (lambda params, x: apply(params, x).sum(), params),
+        (lambda params, x: apply(params, x).sum(), pure),
     ):
         found = jg.find_nonfinite(loss, params, jnp.ones((1, 2)))
         assert found.operation.primitive == "log"
