@@ -148,7 +148,9 @@ def select(tree: T, wrt: Wrt) -> T:
     Raises:
         SelectionError: a pattern matches no leaf (the nearest paths are named), nothing is
             selected, a boolean tree does not fit, or an NNX parameter is tied: it stands at two
-            paths, whose copies would each get a part of the gradient.
+            paths, whose copies would each get a part of the gradient. A module that is itself an
+            argument of `jax.jit` has lost its ties before anything can see them: tied models
+            take `functional`.
 
     Example:
         >>> import jax.numpy as jnp, jaxgrad as jg
@@ -296,7 +298,7 @@ def check_same_structure(
 
 
 def _select(tree: PyTree, wrt: Wrt) -> tuple[Flat, list[bool]]:
-    _refuse_tied(tree)
+    refuse_tied(tree)
     flat = flatten(tree)
     chosen = match(flat, wrt)
     if not any(c and is_array(leaf) for c, leaf in zip(chosen, flat.leaves, strict=True)):
@@ -315,7 +317,10 @@ def _name(path: Sequence[Any]) -> str:
 def _match_globs(flat: Flat, patterns: Sequence[str]) -> list[bool]:
     hits = {}
     for pattern in patterns:
-        regex = _regex(pattern.removeprefix("!"))
+        try:
+            regex = _regex(pattern.removeprefix("!"))
+        except re.error as e:
+            raise SelectionError(f"wrt pattern {pattern!r} is no glob: {e}.") from e
         hits[pattern] = [regex.fullmatch(path) is not None for path in flat.paths]
         if not any(hits[pattern]):
             raise SelectionError(_no_match(pattern, flat))
@@ -383,7 +388,8 @@ def _decision(answer: Any, path: str) -> bool:
     )
 
 
-def _refuse_tied(tree: PyTree) -> None:
+def refuse_tied(tree: PyTree) -> None:
+    """Raises where one NNX variable stands at two paths."""
     variable = nnx_types("Variable")
     if not variable:
         return
@@ -426,5 +432,5 @@ def _token(token: str) -> str:
     if len(token) > 2 and token[0] == "[":
         negated = token[1] == "!"
         members = re.sub(r"([\\\[\]^&~|])", r"\\\1", token[1 + negated : -1])
-        return f"[{'^' * negated}{members}]"
+        return f"(?!/)[{'^' * negated}{members}]"
     return re.escape(token)
