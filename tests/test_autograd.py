@@ -493,7 +493,7 @@ def test_pytrees_of_values():
         (
             lambda p: p,
             None,
-            "the value is float32[2], not a real scalar, so backward needs gradient=, a cotangent of",
+            "the value is float32[2], not a real scalar, so backward needs gradient=, a cotangent",
         ),
         (
             lambda p: {"a": p.sum(), "b": p},
