@@ -24,9 +24,20 @@ import optax
 
 from jaxgrad._autograd import split_for_grad, value_and_grad
 from jaxgrad._messages import count, size
-from jaxgrad._optim import ParamGroups, apply_updates
+from jaxgrad._optim import ParamGroups, ParamGroupsState, apply_updates
 from jaxgrad._prepare import place_for
-from jaxgrad._select import PyTree, Wrt, flatten, halves, is_array, merge, partition, select
+from jaxgrad._select import (
+    PyTree,
+    SelectionError,
+    Wrt,
+    flatten,
+    halves,
+    is_array,
+    is_hole,
+    merge,
+    partition,
+    select,
+)
 from jaxgrad._stage import Staged, StageError
 from jaxgrad._stage import stage as stage_loss
 
@@ -86,7 +97,8 @@ def fit(
 
     Args:
         loss: `loss(params, batch)`, pure, to a real scalar, a mean over the rows of the batch. A
-            loss with an argument named `key` is passed a PRNG key of its own at each step.
+            loss with an argument named `key` is passed a PRNG key of its own at each step; one
+            whose `key` is bound already, or `None` where `fit` has none, keeps that.
         params: any pytree; it is left as it is.
         dataset: a pytree of arrays with one first axis, the rows. It is put on the device whole.
         tx: any Optax transformation.
@@ -95,8 +107,10 @@ def fit(
         key: a typed PRNG key to shuffle the rows with, anew each epoch. Without one they are
             taken in their order.
         wrt: what to train; see `select`. Without it, the groups of `tx` where that comes from
-            `param_groups`, else everything.
-        every: the number of steps between two calls of the callbacks; by default an epoch.
+            `param_groups`, else everything. Where `param_groups` is inside of another
+            transformation, pass `wrt=groups.assign(params).wrt`.
+        every: the number of steps between two calls of the callbacks, which the end of an epoch
+            cuts short; by default an epoch.
         callbacks: called with the `TrainState` after each chunk. What they return is added to
             its record in the history; `StopTraining` ends the run.
         stage: compute the frozen part of the loss once, where it is predicted to pay within
@@ -109,9 +123,11 @@ def fit(
 
     Raises:
         NonFiniteLossError: a loss is infinite or no number.
-        SelectionError: see `select` and `param_groups`.
+        SelectionError: see `select` and `param_groups`; or `tx` has `param_groups` inside, and
+            there is no `wrt`.
         GradientError: see `value_and_grad`.
-        ValueError: the arrays of the dataset differ in their rows, or a number is below 1.
+        ValueError: the arrays of the dataset differ in their rows, a number is out of its range,
+            or the loss needs a key and there is none.
 
     Example:
         >>> import jax.numpy as jnp, optax, jaxgrad as jg
@@ -126,17 +142,19 @@ def fit(
 
     Source: the training loop of the PyTorch tutorials, and Keras's `fit`.
     """
-    for name, value in {"batch_size": batch_size, "every": every}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value}; it must be 1 or more.")
+    for name, value, least in (
+        ("epochs", epochs, 0),
+        ("batch_size", batch_size, 1),
+        ("every", every, 1),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value}; it must be {least} or more.")
     rows = _rows(dataset)
     if wrt is None:
-        wrt = tx.assign(params).wrt if isinstance(tx, ParamGroups) else "**"
+        wrt = _wrt_of(tx, params)
     params = jax.tree.map(lambda x: jnp.asarray(x) if is_array(x) else x, params)
     trainable, rest = split_for_grad(params, wrt)
-    takes_key = "key" in inspect.signature(loss).parameters
-    if takes_key and key is None:
-        raise ValueError("the loss takes a key, and fit was given none: fit(..., key=...).")
+    takes_key = _takes_key(loss, key)
     shuffle, noise = (None, None) if key is None else jax.random.split(key)
     extra = {"key": noise} if takes_key else {}
     plan = _unstaged(loss, params, wrt, dataset)
@@ -164,22 +182,44 @@ def fit(
             order = np.arange(rows) if shuffle is None else _shuffled(shuffle, epoch, rows)
             for chunk in _chunks(order, batch_size, every):
                 start = time.perf_counter()
-                carry, values = run(carry, plan.held, data, chunk, noise, step)
-                values = np.asarray(values)
-                seconds = time.perf_counter() - start
-                _refuse_non_finite(values, step, epoch, chunk)
-                losses.append(values)
-                step += len(chunk)
-                rate = chunk.size / seconds
-                history.append(
-                    {"step": step, "epoch": epoch, "loss": float(values.mean()), "rows_per_s": rate}
-                )
-                advance(
-                    chunk.size, f"epoch {epoch + 1}  loss {values.mean():.4f}  {rate:,.0f} rows/s"
-                )
+                for batches in chunk:
+                    carry, values = run(carry, plan.held, data, batches, noise, step)
+                    losses.append(np.asarray(values))
+                    _refuse_non_finite(losses[-1], step, epoch, batches)
+                    step += len(batches)
+                taken = sum(batches.size for batches in chunk)
+                rate = taken / (time.perf_counter() - start)
+                mean = float(np.concatenate(losses[-len(chunk) :]).mean())
+                history.append({"step": step, "epoch": epoch, "loss": mean, "rows_per_s": rate})
+                advance(taken, f"epoch {epoch + 1}  loss {mean:.4f}  {rate:,.0f} rows/s")
                 for callback in callbacks:
                     history[-1] |= callback(state(keep=True)) or {}
     return state(keep=False)
+
+
+def _wrt_of(tx: optax.GradientTransformation, params: PyTree) -> Wrt:
+    """What a transformation trains, where nothing else says so."""
+    if isinstance(tx, ParamGroups):
+        return tx.assign(params).wrt
+    state = jax.eval_shape(tx.init, params)
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, ParamGroupsState))
+    if any(isinstance(node, ParamGroupsState) for node in nodes):
+        raise SelectionError(
+            "tx has param_groups inside of another transformation, which would see the gradients "
+            "of what the groups freeze. Pass what they train: "
+            "fit(..., wrt=groups.assign(params).wrt)."
+        )
+    return "**"
+
+
+def _takes_key(loss: Callable[..., Any], key: jax.Array | None) -> bool:
+    parameter = inspect.signature(loss).parameters.get("key")
+    if parameter is None:
+        return False
+    needed = parameter.default is inspect.Parameter.empty
+    if needed and key is None:
+        raise ValueError("the loss takes a key, and fit was given none: fit(..., key=...).")
+    return key is not None and (needed or parameter.default is None)
 
 
 class _Plan(NamedTuple):
@@ -278,7 +318,9 @@ def _abstract(dataset: PyTree, rows: int) -> PyTree:
 def _rows(dataset: PyTree) -> int:
     flat = flatten(dataset)
     sizes = {
-        p: np.shape(x)[0] if np.ndim(x) else 0 for p, x in zip(flat.paths, flat.leaves, strict=True)
+        path: np.shape(leaf)[0] if np.ndim(leaf) else 0
+        for path, leaf in zip(flat.paths, flat.leaves, strict=True)
+        if not is_hole(leaf)
     }
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
         found = ", ".join(f"'{path}' {n}" for path, n in sizes.items()) or "no array"
@@ -292,15 +334,15 @@ def _shuffled(key: jax.Array, epoch: int, rows: int) -> np.ndarray:
     return np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), rows))
 
 
-def _chunks(order: np.ndarray, batch_size: int, every: int | None) -> Iterator[np.ndarray]:
-    """Rows of the steps of each chunk, `[steps, batch]`; the short last batch comes by itself."""
+def _chunks(order: np.ndarray, batch_size: int, every: int | None) -> Iterator[list[np.ndarray]]:
+    """Rows of the steps of each chunk, `[steps, batch]`, and apart those of a short last batch."""
     whole = len(order) // batch_size * batch_size
-    full = order[:whole].reshape(-1, batch_size)
-    every = every or max(len(full), 1)
-    for start in range(0, len(full), every):
-        yield full[start : start + every]
-    if whole < len(order):
-        yield order[None, whole:]
+    full, short = order[:whole].reshape(-1, batch_size), order[None, whole:]
+    steps = len(full) + (short.size > 0)
+    every = every or steps
+    for start in range(0, steps, every):
+        parts = (full[start : start + every], short if start + every >= steps else short[:, :0])
+        yield [part for part in parts if part.size]
 
 
 def _refuse_non_finite(values: np.ndarray, step: int, epoch: int, chunk: np.ndarray) -> None:
