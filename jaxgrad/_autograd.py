@@ -23,6 +23,7 @@ from jaxgrad._select import (
     halves,
     is_array,
     is_hole,
+    is_key,
     merge,
     nnx_types,
     partition,
@@ -333,7 +334,7 @@ def _microbatches(args: tuple, kwargs: dict, parts: int) -> tuple[PyTree, PyTree
     rows, source = None, ""
     for i, (path, leaf) in enumerate(zip(flat.paths, flat.leaves, strict=True)):
         where, _, name = path.partition("/")
-        if key := (_is_key(leaf) and leaf.ndim == 0):
+        if key := (is_key(leaf) and leaf.ndim == 0):
             leaves[i] = jax.random.split(leaf, parts)
         batched = where == "0" and is_array(leaf) and jnp.ndim(leaf) > 0
         differs.append(key or batched)
@@ -406,10 +407,6 @@ def _cotangent(what: str, y: jax.Array, gradient: Any) -> Any:
             f"the shape and dtype of the value. Use jnp.broadcast_to or .astype({str(y.dtype)!r})."
         )
     return jnp.asarray(gradient, y.dtype)
-
-
-def _is_key(x: Any) -> bool:
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _wide(dtype: Any) -> Any:

@@ -26,6 +26,7 @@ from jaxgrad._select import (
     check_same_structure,
     flatten,
     is_hole,
+    is_key,
     match,
 )
 
@@ -329,7 +330,7 @@ def _reseeded(leaves: list[Any], key: jax.Array | None) -> list[Any]:
         return leaves
     return [
         jax.random.split(jax.random.fold_in(key, i), leaf.shape)
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        if is_key(leaf)
         else jnp.zeros_like(leaf)
         for i, leaf in enumerate(leaves)
     ]

@@ -74,6 +74,11 @@ def is_array(x: Any) -> bool:
     return hasattr(x, "dtype") or isinstance(x, bool | int | float | complex)
 
 
+def is_key(x: Any) -> bool:
+    """Whether `x` is a typed PRNG key, or an array of them."""
+    return hasattr(x, "dtype") and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
 def nnx_types(*names: str) -> tuple[type, ...]:
     """Classes of `flax.nnx`, or none of them where nobody has loaded Flax.
 
