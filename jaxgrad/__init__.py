@@ -4,12 +4,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxgrad._autograd import GradientError, backward, grad, stop_gradient, value_and_grad
-from jaxgrad._checkpoint import CheckpointError, CheckpointInfo, inspect, load, save
+from jaxgrad._checkpoint import CheckpointInfo, inspect, load, save
 from jaxgrad._functional import Apply, functional
 from jaxgrad._graph import Equation, Graph, trace
 from jaxgrad._optim import Assignment, ParamGroups, UpdateError, apply_updates, param_groups
+from jaxgrad._runs import Checkpoints
 from jaxgrad._select import MergeError, SelectionError, Wrt, merge, partition, paths, select
+from jaxgrad._signals import Interrupted
 from jaxgrad._stage import Staged, StageError, stage
+from jaxgrad._store import CheckpointError
 from jaxgrad._train import NonFiniteLossError, StopTraining, TrainState, fit
 
 if TYPE_CHECKING:
@@ -20,9 +23,11 @@ __all__ = [
     "Assignment",
     "CheckpointError",
     "CheckpointInfo",
+    "Checkpoints",
     "Equation",
     "GradientError",
     "Graph",
+    "Interrupted",
     "MergeError",
     "NonFiniteLossError",
     "ParamGroups",

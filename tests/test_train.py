@@ -220,8 +220,50 @@ def test_a_loss_that_is_no_number_is_named():
     assert str(info.value) == (
         "the loss is nan at step 3 (epoch 1, rows 12, 13, 14, 15 of the dataset). The loss before "
         "it was 0. Look at these rows, lower the learning rate, or clip the gradients "
-        "(optax.clip_by_global_norm)."
+        "(optax.clip_by_global_norm). The state before it is in .state."
     )
+    assert info.value.state.step == 3
+    assert info.value.state.params == 1.0
+
+
+def test_steps_that_are_not_finite_are_skipped_within_a_bound():
+    """The steps of rows below zero are no numbers; skipped, they leave what the others give."""
+
+    def loss(p, batch):
+        return p["w"] * jnp.log(batch["x"]).mean() + p["w"] ** 2
+
+    x = jnp.arange(1.0, 13.0)
+    run = lambda x, skip, every=None: jg.fit(
+        loss,
+        {"w": jnp.array(1.0)},
+        {"x": x},
+        optax.sgd(0.1, momentum=0.9),
+        batch_size=2,
+        skip_nonfinite=skip,
+        every=every,
+    )
+    bad = x.at[jnp.array([2, 5, 10])].set(-1.0)  # in the steps 1, 2 and 5 of six
+    for every in (None, 1):
+        state = run(bad, 2, every)
+        assert np.isfinite(state.losses).tolist() == [True, False, False, True, True, False]
+        good = run(jnp.concatenate([x[:2], x[6:10]]), 0)
+        np.testing.assert_array_equal(state.params["w"], good.params["w"])
+        np.testing.assert_array_equal(state.losses[np.isfinite(state.losses)], good.losses)
+        with pytest.raises(jg.NonFiniteLossError, match=r"at step 2 .*after 1 more that") as info:
+            run(bad, 1, every)
+        assert info.value.state.step == len(info.value.state.losses) == 1
+        np.testing.assert_array_equal(info.value.state.params["w"], run(x[:2], 0).params["w"])
+    assert [r.get("skipped") for r in run(bad, 2).history] == [3]
+    assert np.isfinite(run(bad, 2).history[0]["loss"])
+
+
+def test_a_gradient_that_is_not_finite_ends_a_run_before_it_moves_anything():
+    loss = lambda p, batch: jnp.sqrt(p * batch["x"]).mean()
+    with pytest.raises(
+        jg.NonFiniteLossError, match="the gradient is not finite, the loss 0"
+    ) as info:
+        jg.fit(loss, jnp.array(1.0), {"x": jnp.zeros(4)}, optax.sgd(0.1))
+    assert info.value.state.params == 1.0
 
 
 @pytest.mark.parametrize(
@@ -229,6 +271,8 @@ def test_a_loss_that_is_no_number_is_named():
     [
         ({"batch_size": 0}, "batch_size=0; it must be 1 or more."),
         ({"every": -1}, "every=-1; it must be 1 or more."),
+        ({"skip_nonfinite": -1}, "skip_nonfinite=-1; it must be 0 or more."),
+        ({"resume": True}, "resume=True needs the directory of the run: fit(..., checkpoint="),
         ({"epochs": -1}, "epochs=-1; it must be 0 or more."),
         (
             {
