@@ -5,15 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 from jaxgrad._autograd import GradientError, backward, grad, stop_gradient, value_and_grad
 from jaxgrad._check_grads import GradCheck, check_grads
-from jaxgrad._checkpoint import CheckpointError, CheckpointInfo, inspect, load, save
+from jaxgrad._checkpoint import CheckpointInfo, inspect, load, save
 from jaxgrad._functional import Apply, functional
 from jaxgrad._graph import Equation, Graph, trace
 from jaxgrad._hook import HookError, hook
 from jaxgrad._nonfinite import NonFinite, find_nonfinite
 from jaxgrad._optim import Assignment, ParamGroups, UpdateError, apply_updates, param_groups
 from jaxgrad._per_example import grad_norms, per_example_grads
+from jaxgrad._runs import Checkpoints
 from jaxgrad._select import MergeError, SelectionError, Wrt, merge, partition, paths, select
+from jaxgrad._signals import Interrupted
 from jaxgrad._stage import Staged, StageError, stage
+from jaxgrad._store import CheckpointError
 from jaxgrad._tap import TapError, tap
 from jaxgrad._train import NonFiniteLossError, StopTraining, TrainState, fit
 
@@ -25,11 +28,13 @@ __all__ = [
     "Assignment",
     "CheckpointError",
     "CheckpointInfo",
+    "Checkpoints",
     "Equation",
     "GradCheck",
     "GradientError",
     "Graph",
     "HookError",
+    "Interrupted",
     "MergeError",
     "NonFinite",
     "NonFiniteLossError",

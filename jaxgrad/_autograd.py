@@ -23,6 +23,7 @@ from jaxgrad._select import (
     halves,
     is_array,
     is_hole,
+    is_key,
     merge,
     nnx_types,
     partition,
@@ -177,8 +178,8 @@ def backward(
         params: any pytree.
         *args: further arguments of `fun`, not differentiated.
         gradient: the cotangent, of the structure, shapes and dtypes of the value. Where it is
-            `None`, the value must have one element, whose cotangent is 1; an integer value has
-            none.
+            `None`, the value must be real and have one element, whose cotangent is 1; an integer
+            value has none.
         wrt: which leaves of `params` to differentiate; see `select`.
 
     Returns:
@@ -188,8 +189,8 @@ def backward(
 
     Raises:
         SelectionError: see `select`; or a selected leaf is no float, or a running statistic.
-        GradientError: `gradient` is missing for a value that is no scalar, or has another
-            structure, shape or dtype than the value.
+        GradientError: `gradient` is missing for a value that is no real scalar, or has another
+            structure, shape or dtype than the value; or no value is of a floating-point dtype.
 
     Example:
         >>> import jax.numpy as jnp, jaxgrad as jg
@@ -206,6 +207,11 @@ def backward(
     """
     selected, rest = split_for_grad(params, wrt)
     value, pullback = jax.vjp(lambda s: _call(fun, merge(s, rest), args, {}), selected)
+    if not any(jnp.issubdtype(y.dtype, jnp.inexact) for y in jax.tree.leaves(value)):
+        raise GradientError(
+            f"fun returns {listed(map(spec, jax.tree.leaves(value))) or 'no array'}, which has no "
+            "gradient: only floating-point values have."
+        )
     return value, pullback(_cotangents(value, gradient))[0]
 
 
@@ -274,15 +280,11 @@ def _call(fun: Callable[..., Any], params: PyTree, args: tuple, kwargs: dict) ->
     A module rebuilt from its leaves is a copy: new running statistics and random counts would
     be dropped with it, and neither Flax nor JAX says so.
     """
-    modules = nnx_types("Module", "Variable")
-    before = flatten(params) if modules else None
+    before = _writable(params)
     out = fun(params, *args, **kwargs)
-    if before is not None and (after := flatten(params)).paths == before.paths:
-        changed = [
-            f"'{path}'"
-            for path, old, new in zip(before.paths, before.leaves, after.leaves, strict=True)
-            if old is not new
-        ]
+    if before:
+        after = _writable(params)
+        changed = [f"'{path}'" for path, x in before.items() if after.get(path, x) is not x]
         if changed:
             raise GradientError(
                 f"the loss changes {listed(changed)} of the NNX module it is given. That is "
@@ -290,6 +292,23 @@ def _call(fun: Callable[..., Any], params: PyTree, args: tuple, kwargs: dict) ->
                 "`apply.train` returns new statistics and draws from a key that you pass."
             )
     return out
+
+
+def _writable(tree: PyTree) -> dict[str, Any]:
+    """What an NNX module may write as it is called, by path: all but its parameters.
+
+    Parameters are left out because `nnx.remat` and `nnx.jit` write back what they were passed.
+    """
+    variable, param = nnx_types("Variable"), nnx_types("Param")
+    if not variable:
+        return {}
+    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, variable))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, node in nodes
+        if isinstance(node, variable) and not isinstance(node, param)
+        for leaf in jax.tree.leaves(node)
+    }
 
 
 def _scalar(value: Any) -> jax.Array:
@@ -331,7 +350,7 @@ def _microbatches(args: tuple, kwargs: dict, parts: int) -> tuple[PyTree, PyTree
     rows, source = None, ""
     for i, (path, leaf) in enumerate(zip(flat.paths, flat.leaves, strict=True)):
         where, _, name = path.partition("/")
-        if key := (_is_key(leaf) and leaf.ndim == 0):
+        if key := (is_key(leaf) and leaf.ndim == 0):
             leaves[i] = jax.random.split(leaf, parts)
         batched = where == "0" and is_array(leaf) and jnp.ndim(leaf) > 0
         differs.append(key or batched)
@@ -350,6 +369,17 @@ def _microbatches(args: tuple, kwargs: dict, parts: int) -> tuple[PyTree, PyTree
                 f"microbatches={parts} does not divide the {n} rows of argument '{name}'."
             )
         leaves[i] = leaf.reshape(parts, n // parts, *leaf.shape[1:])
+    whole = [
+        path.partition("/")[2]
+        for path, leaf, differ in zip(flat.paths, flat.leaves, differs, strict=True)
+        if is_array(leaf) and jnp.ndim(leaf) > 0 and not differ
+    ]
+    if rows is None and (whole or not any(differs)):
+        raise GradientError(
+            f"microbatches={parts} and no positional argument to split"
+            + (f": {listed(map(repr, whole))} would go to each part whole" if whole else "")
+            + ". Pass the batch by position: loss_and_grad(params, batch)."
+        )
     return halves(flat._replace(leaves=leaves), differs)
 
 
@@ -377,10 +407,10 @@ def _cotangent(what: str, y: jax.Array, gradient: Any) -> Any:
             )
         return np.zeros(y.shape, jax.dtypes.float0)
     if gradient is None:
-        if y.size != 1:
+        if y.size != 1 or jnp.issubdtype(y.dtype, jnp.complexfloating):
             raise GradientError(
-                f"the {what} is {spec(y)}, not a scalar, so backward needs gradient=, a cotangent "
-                "of that shape and dtype (ones for the gradient of the sum)."
+                f"the {what} is {spec(y)}, not a real scalar, so backward needs gradient=, a "
+                "cotangent of that shape and dtype (ones for the gradient of the sum)."
             )
         return jnp.ones(y.shape, y.dtype)
     if isinstance(gradient, int | float | complex):
@@ -393,10 +423,6 @@ def _cotangent(what: str, y: jax.Array, gradient: Any) -> Any:
             f"the shape and dtype of the value. Use jnp.broadcast_to or .astype({str(y.dtype)!r})."
         )
     return jnp.asarray(gradient, y.dtype)
-
-
-def _is_key(x: Any) -> bool:
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _wide(dtype: Any) -> Any:

@@ -1,12 +1,11 @@
 """Parameters on disk: saved by path with Orbax, and read back only where they fit.
 
-A tree is stored as nested dicts of its paths, so that the file doesn't depend on the class
-of the model, and anything that reads Orbax checkpoints reads it. What was trained is stored
-beside it. Orbax casts dtypes in silence and reports a wrong structure far from its cause, so
-paths, shapes and dtypes are compared before it is asked to load.
+What was trained is stored beside the arrays. The directory of a run that `fit` keeps is read like
+any other checkpoint: by its newest step.
 """
 
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -15,18 +14,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 
-from jaxgrad._messages import listed, nearest, spec
-from jaxgrad._select import PyTree, Wrt, flatten, is_array, partition, paths
+from jaxgrad import _runs
+from jaxgrad._select import PyTree, Wrt, flatten, is_array, match, partition, paths
+from jaxgrad._store import (
+    CheckpointError,
+    check_fit,
+    decode,
+    encode,
+    load_arrays,
+    nest,
+    read,
+    shapes,
+)
 
 T = TypeVar("T")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that can't be written, read, or put into the tree; the message says why."""
-
-    __module__ = "jaxgrad"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +58,15 @@ def save(
 
     Args:
         path: the directory to make.
-        params: any pytree with named leaves; its arrays are saved in their dtypes.
+        params: any pytree with named leaves; its arrays, numbers and PRNG keys are saved in their
+            dtypes.
         wrt: which of them were trained, for the record; see `select`.
         config: anything that JSON can hold, for the record.
         overwrite: replace a checkpoint that is there, once the new one is complete.
 
     Raises:
-        CheckpointError: `path` exists, two leaves have one path, or a leaf has none.
+        CheckpointError: `path` exists, two leaves have one path or one is below the other, a
+            leaf has none, or JSON can't hold `config`.
         SelectionError: see `select`.
         OSError: the directory can't be written.
 
@@ -81,31 +85,43 @@ def save(
     path = Path(path).absolute()
     refuse_taken(path, overwrite)
     trained = [] if wrt is None else paths(partition(params, wrt)[0])
-    tree = _nested(params)
+    arrays, record = encode(params)
+    if not arrays:
+        raise CheckpointError("a checkpoint holds arrays, and this tree has none with an element.")
+    record |= {"trained": trained, "config": dict(config or {})}
+    try:
+        json.dumps(record)
+    except (TypeError, ValueError) as e:
+        raise CheckpointError(f"config holds what JSON can't: {e}. {config!r}") from e
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.new-{os.getpid()}")
     try:
-        record: Any = {"trained": trained, "config": dict(config or {})}
-        ocp.save(str(new), tree, custom_metadata=record)
+        ocp.save(str(new), nest(arrays), custom_metadata=record)
         _replace(new, path)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def load(path: str | PathLike[str], into: T) -> T:
+def load(path: str | PathLike[str], into: T, *, only: Wrt | None = None) -> T:
     """Returns a tree with its arrays read from a checkpoint.
 
     Args:
-        path: the directory of the checkpoint.
+        path: the directory of the checkpoint, or of a run (see `Checkpoints`), whose newest step
+            is read.
         into: a tree of the structure, shapes and dtypes to read; arrays or
             `jax.ShapeDtypeStruct`s. It is left as it is.
+        only: which of its leaves to read; see `select`. The others stay, and the checkpoint
+            may lack them, or have others.
 
     Returns:
-        A tree of the structure of `into`. Leaves that are no arrays are those of `into`.
+        A tree of the structure of `into`. A Python number stays one; leaves that are no arrays
+        are those of `into`.
 
     Raises:
         FileNotFoundError: there is no such directory.
-        CheckpointError: it is no checkpoint, or paths, a shape or a dtype differ (all are named).
+        CheckpointError: it is no checkpoint, paths, a shape or a dtype differ (all are named), or
+            JAX can't hold a dtype as it is set up (64 bits).
+        SelectionError: `only` does not fit `into`; see `select`.
 
     Example:
         >>> import tempfile, jax, jax.numpy as jnp, jaxgrad as jg
@@ -114,25 +130,27 @@ def load(path: str | PathLike[str], into: T) -> T:
         >>> jg.save(path, params)
         >>> jg.load(path, into=jax.tree.map(jnp.zeros_like, params))["head"].sum()
         Array(6., dtype=float32)
+        >>> other = {"head": jnp.zeros((2, 3)), "trunk": jnp.zeros(4)}
+        >>> jg.load(path, into=other, only="head")["trunk"].sum()
+        Array(0., dtype=float32)
 
     Source: `model.load_state_dict(torch.load(path))`.
     """
-    from orbax.checkpoint import v1 as ocp
-
-    info = inspect(path)
+    path = Path(path).absolute()
+    held = inspect(path).leaves
     flat = flatten(into)
-    wanted = {p: x for p, x in zip(flat.paths, flat.leaves, strict=True) if is_array(x)}
-    _check_fit(Path(path), info.leaves, wanted)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = {
-        p: jax.ShapeDtypeStruct(jnp.shape(x), info.leaves[p].dtype, sharding=device)
-        for p, x in wanted.items()
+    chosen = [True] * len(flat.paths) if only is None else match(flat, only)
+    wanted = {
+        p: x for p, x, c in zip(flat.paths, flat.leaves, chosen, strict=True) if c and is_array(x)
     }
-    loaded = flatten(ocp.load(str(Path(path).absolute()), nest(abstract)))
-    arrays = dict(zip(loaded.paths, loaded.leaves, strict=True))
+    check_fit(path, held if only is None else {p: held[p] for p in wanted if p in held}, wanted)
+    if _runs.is_run(path):
+        leaves = _runs.params_of(path)
+    else:
+        leaves = decode(load_arrays(path), read(path)[1])
     return flat.treedef.unflatten(
         [
-            arrays.get(p, x) if is_array(x) else x
+            _like(x, leaves[p]) if p in wanted else x
             for p, x in zip(flat.paths, flat.leaves, strict=True)
         ]
     )
@@ -142,7 +160,8 @@ def inspect(path: str | PathLike[str]) -> CheckpointInfo:
     """Returns what a checkpoint holds, without reading its arrays.
 
     Args:
-        path: the directory of the checkpoint: of jaxgrad, or any tree that Orbax saved.
+        path: the directory of the checkpoint: of jaxgrad, or any tree that Orbax saved; or of a
+            run, whose newest step is told.
 
     Returns:
         A `CheckpointInfo`.
@@ -161,26 +180,13 @@ def inspect(path: str | PathLike[str]) -> CheckpointInfo:
 
     Source: `torch.load(path, map_location="meta")`.
     """
-    from orbax.checkpoint import v1 as ocp
-
     path = Path(path).absolute()
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at '{path}': there is no such directory.")
-    try:
-        found = ocp.metadata(str(path))
-    except (ValueError, OSError, KeyError) as e:  # what Orbax raises for what is none, or damaged
-        raise CheckpointError(f"'{path}' is no Orbax checkpoint, or a damaged one.") from e
-    flat = flatten(found.metadata)
-    extra: Any = found.custom_metadata or {}
-    return CheckpointInfo(
-        {
-            p: jax.ShapeDtypeStruct(x.shape, x.dtype)
-            for p, x in zip(flat.paths, flat.leaves, strict=True)
-            if hasattr(x, "shape")
-        },
-        tuple(extra.get("trained", ())),
-        extra.get("config", {}),
-    )
+    if _runs.is_run(path):
+        leaves, record = _runs.shapes_of(path)
+    else:
+        found, record = read(path)
+        leaves = shapes(found, record)
+    return CheckpointInfo(leaves, tuple(record.get("trained", ())), record.get("config", {}))
 
 
 def refuse_taken(path: Path, overwrite: bool) -> None:
@@ -207,48 +213,6 @@ def _replace(new: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_fit(path: Path, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    problems = []
-    for p in wanted.keys() - held.keys():
-        close = nearest(p, held)
-        problems.append(f"it has no '{p}'" + (f" (nearest: '{close[0]}')" if close else ""))
-    problems += [f"it has '{p}', which the tree has not" for p in held.keys() - wanted.keys()]
-    for p in held.keys() & wanted.keys():
-        if spec(held[p]) != spec(wanted[p]):
-            problems.append(f"'{p}' is {spec(held[p])}, in the tree {spec(wanted[p])}")
-    if problems:
-        raise CheckpointError(
-            f"the checkpoint '{path}' does not fit the tree: {listed(sorted(problems))}. Load it "
-            "into the model that it was saved from (jaxgrad.inspect(path) lists what it holds)."
-        )
-
-
-def _nested(params: PyTree) -> dict[str, Any]:
-    flat = flatten(params)
-    named = [(p, x) for p, x in zip(flat.paths, flat.leaves, strict=True) if is_array(x)]
-    leaves = dict(named)
-    if len(leaves) != len(named) or "" in leaves or not leaves:
-        raise CheckpointError(
-            "a checkpoint holds arrays by path, and this tree has "
-            + (
-                "no array"
-                if not leaves
-                else "one without a name"
-                if "" in leaves
-                else "two of one path"
-            )
-            + '. Save a tree like {"kernel": array}.'
-        )
-    return nest(leaves)
-
-
-def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts of leaves by path, as they are stored."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
+def _like(template: Any, leaf: jax.Array) -> Any:
+    """A leaf as the tree had it: a Python number stays one."""
+    return leaf if hasattr(template, "dtype") else leaf.item()

@@ -25,6 +25,8 @@ from jaxgrad._select import (
     Wrt,
     check_same_structure,
     flatten,
+    is_hole,
+    is_key,
     match,
 )
 
@@ -82,14 +84,15 @@ def functional(
           dropout, running statistics.
         - `apply.train(params, *args, stats=None, key=None, **kwargs)` returns
           `(output, stats)`, in training mode where `wrt` trains. Pass the new statistics to the
-          next call, and a typed PRNG key where the model draws random numbers.
+          next call, and a typed PRNG key where the model draws random numbers. A Linen model
+          may have a flag of its own (`train=True`), which decides for its trained layers: pass it.
         - `apply.stats` are the statistics that the model had, taken where `stats` is not given.
 
     Raises:
         TypeError: `model` is no Flax module, or `variables` are missing.
         SelectionError: see `select`.
-        ValueError: on a call, `params` or `stats` have another structure than the model's, or
-            random numbers are needed and `key` is missing.
+        ValueError: on a call, `params` or `stats` have another structure than the model's or
+            holes, or random numbers are needed and `key` is missing.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxgrad as jg
@@ -203,7 +206,7 @@ class _LinenApply:
     def __call__(self, params: PyTree, *args: Any, stats: PyTree = None, **kwargs: Any) -> Any:
         from flax import linen
 
-        with linen.intercept_methods(_in_inference(lambda layer: True)):
+        with linen.intercept_methods(_in_modes(lambda layer: True)):
             return self.model.apply(self._variables(params, stats), *args, **kwargs)
 
     def train(
@@ -218,7 +221,7 @@ class _LinenApply:
 
         variables = self._variables(params, stats)
         try:
-            with linen.intercept_methods(_in_inference(self.is_frozen)):
+            with linen.intercept_methods(_in_modes(self.is_frozen)):
                 return self.model.apply(
                     variables, *args, rngs=key, mutable=list(self.stats), **kwargs
                 )
@@ -226,27 +229,35 @@ class _LinenApply:
             raise ValueError(_no_key(str(e).split(" (http")[0])) from e
 
     def _variables(self, params: PyTree, stats: PyTree) -> dict[str, PyTree]:
-        check_same_structure(self.template, flatten(params), "the model", "params", ValueError)
+        flat = flatten(params)
+        check_same_structure(self.template, flat, "the model", "params", ValueError)
+        _refuse_holes(self.template, flat, "params")
         return {"params": params, **(self.stats if stats is None else stats)}
 
 
-def _in_inference(is_frozen: Callable[[str], bool]) -> Callable[..., Any]:
-    """An interceptor of Linen calls that puts the frozen layers in inference mode."""
+def _in_modes(is_frozen: Callable[[str], bool]) -> Callable[..., Any]:
+    """An interceptor of Linen calls that puts the frozen layers in inference mode.
+
+    The others are in the mode that the model gives them, and in training mode where it gives none.
+    """
 
     def interceptor(call: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
         layer = context.module
         modes = [mode for mode in _MODES if hasattr(layer, mode)]
-        if not modes or not is_frozen("/".join(layer.path)):
+        if not modes:
             return call(*args, **kwargs)
         # The mode comes as an attribute or as an argument, by position or by name, and Flax
         # refuses both at once: take it out of the arguments, and set the attribute.
         signature = inspect.signature(getattr(type(layer), context.method_name))
         bound = signature.bind(layer, *args, **kwargs)
-        bound.arguments |= {mode: None for mode in modes if mode in bound.arguments}
         before = {mode: getattr(layer, mode) for mode in modes}
-        # Linen freezes its dataclasses; this instance lives for one apply and is put back.
+        inference = is_frozen("/".join(layer.path))
         for mode in modes:
-            object.__setattr__(layer, mode, True)
+            if inference or before[mode] is bound.arguments.get(mode) is None:
+                if mode in bound.arguments:
+                    bound.arguments[mode] = None
+                # Linen freezes its dataclasses; this instance lives for one apply and is put back.
+                object.__setattr__(layer, mode, inference)
         try:
             return call(*bound.args[1:], **bound.kwargs)
         finally:
@@ -296,7 +307,21 @@ def _fill(template: Flat, values: PyTree, name: str) -> Any:
             )
             + "."
         )
+    _refuse_holes(template, flat, name)
     return template.treedef.unflatten(flat.leaves)
+
+
+def _refuse_holes(template: Flat, values: Flat, name: str) -> None:
+    holes = [
+        f"'{path}'"
+        for path, there, value in zip(template.paths, template.leaves, values.leaves, strict=True)
+        if is_hole(value) and not is_hole(there)
+    ]
+    if holes:
+        raise ValueError(
+            f"{name} has holes at {listed(holes)}: it is a half. Put it together with the other, "
+            "jaxgrad.merge(trainable, frozen), or differentiate by wrt, which does."
+        )
 
 
 def _reseeded(leaves: list[Any], key: jax.Array | None) -> list[Any]:
@@ -305,7 +330,7 @@ def _reseeded(leaves: list[Any], key: jax.Array | None) -> list[Any]:
         return leaves
     return [
         jax.random.split(jax.random.fold_in(key, i), leaf.shape)
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        if is_key(leaf)
         else jnp.zeros_like(leaf)
         for i, leaf in enumerate(leaves)
     ]

@@ -32,6 +32,7 @@ from jaxgrad._select import (
     is_hole,
     match,
     paths,
+    refuse_tied,
 )
 
 T = TypeVar("T")
@@ -92,6 +93,7 @@ class ParamGroups(optax.GradientTransformationExtraArgs):
             )
 
         def init(params: PyTree) -> ParamGroupsState:
+            refuse_tied(params)
             flat = flatten(params)
             owners = _owners(flat, resolved)
             return ParamGroupsState(
@@ -129,6 +131,7 @@ class ParamGroups(optax.GradientTransformationExtraArgs):
               trunk/0  float32[4]
               trunk/1  float32[5]
         """
+        refuse_tied(params)
         flat = flatten(params)
         owners = _owners(flat, self.groups)
         taken: list[dict[str, Any]] = [{} for _ in (*self.groups, "frozen")]
@@ -165,7 +168,8 @@ def param_groups(groups: Groups) -> ParamGroups:
 
     Raises:
         SelectionError: there is no group; and on `init` or `update`, a pattern matches no leaf,
-            or only leaves that earlier groups take.
+            a predicate takes none of a tree without holes, a group is left only leaves that
+            earlier groups take, or an NNX parameter is tied (see `select`).
         UpdateError: on `update`, gradients, parameters and state are not of one structure.
 
     Example:
@@ -200,6 +204,7 @@ def apply_updates(params: T, updates: PyTree) -> T:
 
     Raises:
         UpdateError: the structures or a shape differ, or there is an update for a hole.
+        SelectionError: an NNX parameter is tied (see `select`).
 
     Example:
         >>> import jax.numpy as jnp, jaxgrad as jg
@@ -211,6 +216,7 @@ def apply_updates(params: T, updates: PyTree) -> T:
     Source: `optax.apply_updates`, which needs an update for every leaf; the `Optimizer.step` of
     PyTorch, which passes over a parameter whose `grad` is None.
     """
+    refuse_tied(params)
     p, u = flatten(params), flatten(updates)
     check_same_structure(p, u, "params", "updates", UpdateError)
     return p.treedef.unflatten(
@@ -226,6 +232,8 @@ def _apply(path: str, param: Any, update: Any) -> Any:
             f"there is an update for '{path}' and no parameter. Apply updates to the tree that "
             "the gradients were taken in."
         )
+    if jnp.result_type(update) == jax.dtypes.float0:  # what jax.grad has for an integer
+        return param
     if jnp.shape(param) != jnp.shape(update):
         raise UpdateError(
             f"the update for '{path}' is {spec(update)}, the parameter {spec(param)}."
@@ -307,6 +315,11 @@ def _owners(flat: Flat, groups: Iterable[tuple[Wrt, Any]]) -> list[int | None]:
     groups = tuple(groups)
     for i, (wrt, _) in enumerate(groups):
         hits = match(flat, wrt)
+        if not any(hits) and not any(map(is_hole, flat.leaves)):
+            raise SelectionError(
+                f"the group {_names(groups)[i]!r} takes no leaf, so its transformation would train "
+                f"nothing. The tree's paths: {listed(map(repr, flat.paths))}."
+            )
         free = [hit and owner is None for hit, owner in zip(hits, owners, strict=True)]
         if any(hits) and not any(free):
             names = _names(groups)

@@ -109,7 +109,9 @@ def _each_row(fun: Callable[..., Any], args: tuple, kwargs: dict, chunk: int | N
     flat = flatten((args, kwargs))
     count = _count_rows(flat)
     rows = {i: leaf for i, leaf in enumerate(flat.leaves) if _has_rows(flat.paths[i], leaf)}
-    keys = {i: jax.random.split(leaf, count) for i, leaf in enumerate(flat.leaves) if _is_key(leaf)}
+    keys = {
+        i: jax.random.split(leaf, count) for i, leaf in enumerate(flat.leaves) if _one_key(leaf)
+    }
 
     def of_one(rows: dict[int, jax.Array], keys: dict[int, jax.Array]) -> Any:
         mine = {i: row[None] for i, row in rows.items()} | keys
@@ -143,8 +145,3 @@ def _count_rows(flat: Flat) -> int:
 def _has_rows(path: str, leaf: Any) -> bool:
     positional = path.startswith("0/")
     return positional and is_array(leaf) and jnp.ndim(leaf) > 0
-
-
-def _is_key(leaf: Any) -> bool:
-    dtype = getattr(leaf, "dtype", None)
-    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and leaf.ndim == 0

@@ -74,6 +74,11 @@ def is_array(x: Any) -> bool:
     return hasattr(x, "dtype") or isinstance(x, bool | int | float | complex)
 
 
+def is_key(x: Any) -> bool:
+    """Whether `x` is a typed PRNG key, or an array of them."""
+    return hasattr(x, "dtype") and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
 def nnx_types(*names: str) -> tuple[type, ...]:
     """Classes of `flax.nnx`, or none of them where nobody has loaded Flax.
 
@@ -148,7 +153,9 @@ def select(tree: T, wrt: Wrt) -> T:
     Raises:
         SelectionError: a pattern matches no leaf (the nearest paths are named), nothing is
             selected, a boolean tree does not fit, or an NNX parameter is tied: it stands at two
-            paths, whose copies would each get a part of the gradient.
+            paths, whose copies would each get a part of the gradient. A module that is itself an
+            argument of `jax.jit` has lost its ties before anything can see them: tied models
+            take `functional`.
 
     Example:
         >>> import jax.numpy as jnp, jaxgrad as jg
@@ -296,7 +303,7 @@ def check_same_structure(
 
 
 def _select(tree: PyTree, wrt: Wrt) -> tuple[Flat, list[bool]]:
-    _refuse_tied(tree)
+    refuse_tied(tree)
     flat = flatten(tree)
     chosen = match(flat, wrt)
     if not any(c and is_array(leaf) for c, leaf in zip(chosen, flat.leaves, strict=True)):
@@ -315,7 +322,10 @@ def _name(path: Sequence[Any]) -> str:
 def _match_globs(flat: Flat, patterns: Sequence[str]) -> list[bool]:
     hits = {}
     for pattern in patterns:
-        regex = _regex(pattern.removeprefix("!"))
+        try:
+            regex = _regex(pattern.removeprefix("!"))
+        except re.error as e:
+            raise SelectionError(f"wrt pattern {pattern!r} is no glob: {e}.") from e
         hits[pattern] = [regex.fullmatch(path) is not None for path in flat.paths]
         if not any(hits[pattern]):
             raise SelectionError(_no_match(pattern, flat))
@@ -383,7 +393,8 @@ def _decision(answer: Any, path: str) -> bool:
     )
 
 
-def _refuse_tied(tree: PyTree) -> None:
+def refuse_tied(tree: PyTree) -> None:
+    """Raises where one NNX variable stands at two paths."""
     variable = nnx_types("Variable")
     if not variable:
         return
@@ -426,5 +437,5 @@ def _token(token: str) -> str:
     if len(token) > 2 and token[0] == "[":
         negated = token[1] == "!"
         members = re.sub(r"([\\\[\]^&~|])", r"\\\1", token[1 + negated : -1])
-        return f"[{'^' * negated}{members}]"
+        return f"(?!/)[{'^' * negated}{members}]"
     return re.escape(token)

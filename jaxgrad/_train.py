@@ -1,10 +1,10 @@
-"""Training as a short loop over jitted chunks.
+"""Training as a short loop over jitted calls of many steps.
 
-A chunk is one `lax.scan` over steps, by default an epoch: the loop returns to Python between
-chunks and not between steps, which for a small head is most of the time. Progress, evaluation,
-checkpoints and early stopping are callbacks that run there. An exponential average, a schedule
-or gradient clipping belongs in the Optax transformation; people with a loop of their own lose
-nothing, for the parts that it needs are all public.
+The loop returns to Python between calls and not between steps, which for a small head is most of
+the time. Progress, evaluation, writers and early stopping are callbacks that run between chunks, by
+default after each epoch. An exponential average, a schedule or gradient clipping belongs in the
+Optax transformation; people with a loop of their own lose nothing, for the parts that it needs are
+all public.
 
 What the frozen parameters compute of the loss runs once per row instead of once per step, where
 that is predicted to pay (`stage`). The steps are the same steps: same rows, same keys, same loss.
@@ -15,6 +15,7 @@ import dataclasses
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from os import PathLike
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -22,21 +23,32 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxgrad._autograd import split_for_grad, value_and_grad
-from jaxgrad._messages import count, size
-from jaxgrad._optim import ParamGroups, apply_updates
-from jaxgrad._prepare import place_for
-from jaxgrad._select import PyTree, Wrt, flatten, halves, is_array, merge, partition, select
-from jaxgrad._stage import Staged, StageError
-from jaxgrad._stage import stage as stage_loss
+from jaxgrad._autograd import split_for_grad
+from jaxgrad._optim import ParamGroups, ParamGroupsState
+from jaxgrad._resume import refuse_other_settings, restore_opt_state, restore_params
+from jaxgrad._runs import Checkpoints, Run
+from jaxgrad._select import PyTree, SelectionError, Wrt, is_array, merge, paths
+from jaxgrad._signals import Interrupted, caught_signals
+from jaxgrad._steps import compile_steps, make_plan, rows_of
 
 Callback: TypeAlias = Callable[["TrainState"], Mapping[str, float] | None]
 
+# Steps in a call, at most: a progress bar moves between calls, and a signal is looked at.
+_CALL = 256
+
 
 class NonFiniteLossError(ArithmeticError):
-    """A loss that is infinite or no number; the message names the step and the rows."""
+    """A loss or gradient that is infinite or no number; the message names the step and the rows.
+
+    Attributes:
+        state: the `TrainState` before the step, the last good one.
+    """
 
     __module__ = "jaxgrad"
+
+    def __init__(self, message: str, state: "TrainState") -> None:
+        super().__init__(message)
+        self.state = state
 
 
 class StopTraining(Exception):  # noqa: N818 - it reports no error, as StopIteration
@@ -54,9 +66,11 @@ class TrainState:
         opt_state: the state of the optimizer, for the trained leaves only.
         step: the number of steps taken.
         losses: the loss of each step, `float[step]`.
-        history: a record for each chunk: `step`, `epoch`, the mean `loss`, `rows_per_s`, and
-            what the callbacks returned.
+        history: a record for each chunk: `step`, `epoch`, the mean `loss`, `rows_per_s`, `skipped`
+            where steps were not finite, and what the callbacks returned.
         staging: one line: what of the loss runs once and what it gains, or why nothing does.
+        resumed: one line: which step the run went on from, and what of the optimizer's state was
+            kept, added and dropped. Empty for a new run.
     """
 
     params: PyTree
@@ -65,6 +79,7 @@ class TrainState:
     losses: np.ndarray
     history: tuple[dict[str, float], ...]
     staging: str
+    resumed: str = ""
 
 
 def fit(
@@ -80,13 +95,17 @@ def fit(
     every: int | None = None,
     callbacks: Sequence[Callback] = (),
     stage: bool = True,
+    skip_nonfinite: int = 0,
+    checkpoint: str | PathLike[str] | Checkpoints | None = None,
+    resume: bool = False,
     progress: bool = True,
 ) -> TrainState:
     """Trains the selected parameters on a dataset.
 
     Args:
         loss: `loss(params, batch)`, pure, to a real scalar, a mean over the rows of the batch. A
-            loss with an argument named `key` is passed a PRNG key of its own at each step.
+            loss with an argument named `key` is passed a PRNG key of its own at each step; one
+            whose `key` is bound already, or `None` where `fit` has none, keeps that.
         params: any pytree; it is left as it is.
         dataset: a pytree of arrays with one first axis, the rows. It is put on the device whole.
         tx: any Optax transformation.
@@ -95,23 +114,37 @@ def fit(
         key: a typed PRNG key to shuffle the rows with, anew each epoch. Without one they are
             taken in their order.
         wrt: what to train; see `select`. Without it, the groups of `tx` where that comes from
-            `param_groups`, else everything.
-        every: the number of steps between two calls of the callbacks; by default an epoch.
+            `param_groups`, else everything. Where `param_groups` is inside of another
+            transformation, pass `wrt=groups.assign(params).wrt`.
+        every: the number of steps between two calls of the callbacks, which the end of an epoch
+            cuts short; by default an epoch.
         callbacks: called with the `TrainState` after each chunk. What they return is added to
             its record in the history; `StopTraining` ends the run.
         stage: compute the frozen part of the loss once, where it is predicted to pay within
             these epochs and its features fit on the device. `TrainState.staging` says what was
             done. The losses are the same to rounding.
+        skip_nonfinite: how many steps in a row may have a loss or a gradient that is infinite or
+            no number. They change nothing; one more raises.
+        checkpoint: the directory to save the run in after each chunk, or `Checkpoints`. SIGINT and
+            SIGTERM then finish the step, save and raise `Interrupted`; a second one kills at once.
+        resume: go on from the newest whole step in `checkpoint`, to the bit as if the run had not
+            ended; begin where there is none. All parameters are those of the run. Under another
+            `wrt` or `tx`, the state of the optimizer is kept where it fits.
         progress: show a bar, on a terminal.
 
     Returns:
         The final `TrainState`.
 
     Raises:
-        NonFiniteLossError: a loss is infinite or no number.
-        SelectionError: see `select` and `param_groups`.
+        NonFiniteLossError: a loss or a gradient is infinite or no number.
+        CheckpointError: `checkpoint` holds a run and `resume` is not asked for; the run does not
+            fit the parameters, or had other rows, batches or another key; or it can't be saved.
+        Interrupted: a signal came, and the run is saved.
+        SelectionError: see `select` and `param_groups`; or `tx` has `param_groups` inside, and
+            there is no `wrt`.
         GradientError: see `value_and_grad`.
-        ValueError: the arrays of the dataset differ in their rows, or a number is below 1.
+        ValueError: the arrays of the dataset differ in their rows, a number is out of its range,
+            or the loss needs a key and there is none.
 
     Example:
         >>> import jax.numpy as jnp, optax, jaxgrad as jg
@@ -126,199 +159,251 @@ def fit(
 
     Source: the training loop of the PyTorch tutorials, and Keras's `fit`.
     """
-    for name, value in {"batch_size": batch_size, "every": every}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value}; it must be 1 or more.")
-    rows = _rows(dataset)
-    if wrt is None:
-        wrt = tx.assign(params).wrt if isinstance(tx, ParamGroups) else "**"
-    params = jax.tree.map(lambda x: jnp.asarray(x) if is_array(x) else x, params)
-    trainable, rest = split_for_grad(params, wrt)
-    takes_key = "key" in inspect.signature(loss).parameters
-    if takes_key and key is None:
-        raise ValueError("the loss takes a key, and fit was given none: fit(..., key=...).")
+    for name, value, least in (
+        ("epochs", epochs, 0),
+        ("batch_size", batch_size, 1),
+        ("every", every, 1),
+        ("skip_nonfinite", skip_nonfinite, 0),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value}; it must be {least} or more.")
+    rows = rows_of(dataset)
+    wrt = _wrt_of(tx, params) if wrt is None else wrt
     shuffle, noise = (None, None) if key is None else jax.random.split(key)
-    extra = {"key": noise} if takes_key else {}
-    plan = _unstaged(loss, params, wrt, dataset)
-    if stage and epochs and jax.tree.leaves(plan.held):
-        batch = _abstract(dataset, min(batch_size, rows))
-        jax.eval_shape(plan.objective, trainable, plan.held, batch, **extra)  # for its errors
-        plan = _staged(plan, loss, params, wrt, dataset, batch, extra, epochs, progress)
-    run = _compile(plan.objective, takes_key, tx)
+    extra = {"key": noise} if _takes_key(loss, key) else {}
+    settings = {"rows": rows, "batch_size": batch_size, "key": _key_data(key)}
 
-    # The first chunk takes over the buffers it is given, and these are the caller's.
-    # Some optimizers keep the parameters themselves in their state: a copy for each place.
-    carry = jax.tree.map(jnp.copy, (trainable, tx.init(trainable)))
-    data = jax.tree.map(jnp.asarray, plan.data)
-    losses: list[np.ndarray] = []
-    history: list[dict[str, float]] = []
-    step = 0
+    with contextlib.ExitStack() as stack:
+        run = _open(checkpoint, resume, stack)
+        signals = stack.enter_context(caught_signals(run is not None))
+        begun, was_staged = _begin(run, params, wrt, tx, settings)
+        trainable, rest = split_for_grad(begun.params, wrt)
+        if run:
+            run.keep_frozen(rest)
+        ask = (None if was_staged is None else was_staged) if stage else False
+        plan = make_plan(loss, begun.params, wrt, dataset, batch_size, extra, epochs, ask, progress)
+        take_steps = compile_steps(plan.objective, bool(extra), tx, skip_nonfinite)
+        data = jax.tree.map(jnp.asarray, plan.data)
+        log = _Log(begun.step, begun.losses, [*begun.history])
+        # A call takes over the buffers it is given, and these are the caller's. Some optimizers
+        # keep the parameters themselves in their state: a copy for each place.
+        carry = _copied((trainable, begun.opt_state, jnp.int32(0)))
 
-    def state(keep: bool) -> TrainState:
-        trainable, opt_state = jax.tree.map(jnp.copy, carry) if keep else carry
-        done = np.concatenate(losses) if losses else np.zeros(0, np.float32)
-        return TrainState(merge(trainable, rest), opt_state, step, done, tuple(history), plan.line)
+        def state(carry: Any) -> TrainState:
+            history = tuple(map(dict, log.history))
+            params = merge(carry[0], rest)
+            return TrainState(
+                params, carry[1], log.step, log.losses, history, plan.line, begun.resumed
+            )
 
-    with _bar(epochs * rows, progress) as advance, contextlib.suppress(StopTraining):
-        for epoch in range(epochs):
-            order = np.arange(rows) if shuffle is None else _shuffled(shuffle, epoch, rows)
-            for chunk in _chunks(order, batch_size, every):
+        def save() -> None:
+            if run:
+                tree = {"trained": carry[0], "opt_state": carry[1], "losses": log.losses}
+                history = [*map(dict, log.history)]  # it is written while the run goes on
+                record = {"step": log.step, "history": history, "settings": settings}
+                record |= {"trained": paths(trainable), "staged": plan.staged}
+                run.save(_copied(tree), record)
+
+        advance = stack.enter_context(_bar(epochs * rows, begun.step * batch_size, progress))
+        with contextlib.suppress(StopTraining):
+            for call in _calls(rows, batch_size, epochs, every, shuffle, begun.step):
                 start = time.perf_counter()
-                carry, values = run(carry, plan.held, data, chunk, noise, step)
-                values = np.asarray(values)
-                seconds = time.perf_counter() - start
-                _refuse_non_finite(values, step, epoch, chunk)
-                losses.append(values)
-                step += len(chunk)
-                rate = chunk.size / seconds
-                history.append(
-                    {"step": step, "epoch": epoch, "loss": float(values.mean()), "rows_per_s": rate}
+                carry, values, finite = take_steps(
+                    carry, plan.held, data, call.batches, call.steps, noise, log.step
                 )
-                advance(
-                    chunk.size, f"epoch {epoch + 1}  loss {values.mean():.4f}  {rate:,.0f} rows/s"
-                )
-                for callback in callbacks:
-                    history[-1] |= callback(state(keep=True)) or {}
-    return state(keep=False)
+                lost = log.add(call, np.asarray(values), np.asarray(finite), skip_nonfinite)
+                log.seconds += time.perf_counter() - start
+                if lost is not None:
+                    save()
+                    raise NonFiniteLossError(_non_finite(call, lost, values, log), state(carry))
+                advance(call.rows, f"epoch {call.epoch + 1}  {log.line}")
+                if call.ends_chunk:
+                    log.close_chunk(call.epoch)
+                    for callback in callbacks:
+                        log.history[-1] |= callback(state(_copied(carry))) or {}
+                if signals or (run and call.ends_chunk and run.is_due(len(log.history))):
+                    save()
+                if signals:
+                    raise _interrupted(run, signals[0], state(carry))
+        save()
+    return state(carry)
 
 
-class _Plan(NamedTuple):
-    """How a step gets its loss and gradients: `objective(trainable, held, batch, **extra)`."""
+class _Call(NamedTuple):
+    """Steps to take in one jitted call."""
 
-    objective: Callable[..., tuple[jax.Array, PyTree]]
-    held: PyTree  # what the objective needs beside the trainable half
-    data: PyTree  # batches of which it takes
-    line: str
+    epoch: int
+    batches: np.ndarray  # the rows of each step; [at least steps, batch]
+    steps: int
+    ends_chunk: bool
 
-
-def _unstaged(loss: Callable[..., Any], params: PyTree, wrt: Wrt, dataset: PyTree) -> _Plan:
-    flat = flatten(partition(params, wrt)[1])
-    frozen, static = halves(flat, [is_array(leaf) for leaf in flat.leaves])
-    differentiate = value_and_grad(loss, wrt=select(params, wrt))
-
-    def objective(trainable: PyTree, frozen: PyTree, batch: PyTree, **extra: Any) -> Any:
-        return differentiate(merge(trainable, frozen, static), batch, **extra)
-
-    return _Plan(objective, frozen, dataset, "nothing is staged")
+    @property
+    def rows(self) -> int:
+        return self.steps * self.batches.shape[1]
 
 
-def _staged(
-    unstaged: _Plan,
-    loss: Callable[..., Any],
+def _calls(
+    rows: int, batch_size: int, epochs: int, every: int | None, key: jax.Array | None, done: int
+) -> Iterator[_Call]:
+    """The calls of a run after the steps that are done; none crosses the end of a chunk."""
+    full, rest = divmod(rows, batch_size)
+    steps = full + (rest > 0)
+    every = every or steps
+    for epoch in range(done // steps, epochs):
+        order = np.arange(rows)
+        if key is not None:
+            order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), rows))
+        at = done - epoch * steps if epoch * steps < done else 0
+        while at < steps:
+            chunk_end = min((at // every + 1) * every, steps)
+            end = min(chunk_end, at + _CALL, full) if at < full else steps
+            batches = order[at * batch_size : end * batch_size].reshape(end - at, -1)
+            # One shape for all calls of whole batches, that is one compilation.
+            room = min(_CALL, every, full) - len(batches) if at < full else 0
+            padded = np.pad(batches, ((0, room), (0, 0)))
+            yield _Call(epoch, padded, end - at, end == chunk_end)
+            at = end
+
+
+@dataclasses.dataclass
+class _Log:
+    """What has happened, and what has since the last record."""
+
+    step: int
+    losses: np.ndarray
+    history: list[dict[str, float]]
+    rows: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    in_a_row: int = 0
+
+    def add(self, call: _Call, values: np.ndarray, finite: np.ndarray, skip: int) -> int | None:
+        """Adds a call; returns the first step of it that was one too many, if one was."""
+        for i, good in enumerate(finite[: call.steps]):
+            self.in_a_row = 0 if good else self.in_a_row + 1
+            self.skipped += not good
+            if self.in_a_row > skip:
+                # From here on nothing moved, nor in the steps before that were passed over.
+                losses = np.concatenate([self.losses, values[: i + 1]])
+                self.step += i - skip
+                self.losses = losses[: self.step]
+                return i
+        self.losses = np.concatenate([self.losses, values[: call.steps]])
+        self.step += call.steps
+        self.rows += call.rows
+        return None
+
+    @property
+    def line(self) -> str:
+        """The last loss, and the rows per second."""
+        return f"loss {self.losses[-1]:.4f}  {self.rows / self.seconds:,.0f} rows/s"
+
+    def close_chunk(self, epoch: int) -> None:
+        """Adds the record of a chunk."""
+        since = int(self.history[-1]["step"]) if self.history else 0
+        losses = self.losses[since:]
+        mean = float(losses[np.isfinite(losses)].mean()) if np.isfinite(losses).any() else np.nan
+        record = {"step": self.step, "epoch": epoch, "loss": mean}
+        record |= {"rows_per_s": self.rows / self.seconds}
+        if self.skipped:
+            record |= {"skipped": self.skipped}
+        self.history.append(record)
+        self.rows, self.seconds, self.skipped = 0, 0.0, 0
+
+
+def _open(
+    checkpoint: str | PathLike[str] | Checkpoints | None, resume: bool, stack: contextlib.ExitStack
+) -> Run | None:
+    if checkpoint is None:
+        if resume:
+            raise ValueError(
+                "resume=True needs the directory of the run: fit(..., checkpoint=...)."
+            )
+        return None
+    config = checkpoint if isinstance(checkpoint, Checkpoints) else Checkpoints(checkpoint)
+    return stack.enter_context(Run(config, resume))
+
+
+def _begin(
+    run: Run | None,
     params: PyTree,
     wrt: Wrt,
-    dataset: PyTree,
-    batch: PyTree,
-    extra: Mapping[str, Any],
-    epochs: int,
-    progress: bool,
-) -> _Plan:
-    """The plan with the frozen part run once, where that pays; else the one that there is."""
-
-    def positional(params: PyTree, batch: PyTree, *vary: Any) -> Any:
-        return loss(params, batch, **dict(zip(extra, vary, strict=True)))
-
-    def objective(trainable: PyTree, staged: Staged, features: PyTree, **extra: Any) -> Any:
-        of_trainable = value_and_grad(lambda t: staged.loss(t, features, *extra.values()))
-        return of_trainable(trainable)
-
-    try:
-        staged = stage_loss(positional, params, batch, wrt, vary=tuple(extra.values()))
-        report, rows = staged.report(), _rows(dataset)
-        gain, need = report.gain(rows, epochs), rows * report.nbytes
-        if not report.staged:
-            why = str(report.refusals[0][0]) if report.refusals else "no frozen part takes long"
-        elif gain <= 1:
-            passes = count(range(epochs), "epoch", verb=False)
-            why = f"{passes} of {rows:,} rows would not gain by it"
-        elif place_for("auto", need, None) != "device":
-            why = f"the features take {size(need)}, more than there is room for"
-        else:
-            features = staged.prepare(dataset, "device", progress=progress)
-            line = f"the frozen part runs once per row ({size(need)} of features): "
-            line += f"predicted {gain:.2g} times as fast, preparation included"
-            return _Plan(objective, staged, features, line)
-    except StageError as e:
-        why = str(e)
-    return unstaged._replace(line=f"nothing is staged: {why}")
+    tx: optax.GradientTransformation,
+    settings: dict[str, Any],
+) -> tuple[TrainState, bool | None]:
+    """The state before the first step to take, and whether a run that goes on was staged."""
+    params = jax.tree.map(lambda x: jnp.asarray(x) if is_array(x) else x, params)
+    saved = run.newest() if run else None
+    if run is None or saved is None:
+        trainable, _ = split_for_grad(params, wrt)
+        return TrainState(params, tx.init(trainable), 0, np.zeros(0, np.float32), (), ""), None
+    where = str(run.root)
+    refuse_other_settings(saved, settings, where)
+    params = restore_params(saved, params, where)
+    trainable, _ = split_for_grad(params, wrt)
+    opt_state, line = restore_opt_state(saved, tx.init(trainable), trainable)
+    history = tuple(saved.record["history"])
+    step = saved.record["step"]
+    # With other leaves frozen, whether to stage is a new question.
+    staged = saved.record["staged"] if paths(trainable) == saved.record["trained"] else None
+    return TrainState(params, opt_state, step, saved.losses, history, "", line), staged
 
 
-def _compile(
-    objective: Callable[..., Any], takes_key: bool, tx: optax.GradientTransformation
-) -> Callable[..., tuple[Any, jax.Array]]:
-    """The jitted chunk; it compiles once for each number of steps and rows in them."""
-
-    def run(
-        carry: Any, held: PyTree, data: PyTree, chunk: jax.Array, key: Any, first: jax.Array
-    ) -> tuple[Any, jax.Array]:
-        def step(carry: Any, at: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
-            trainable, opt_state = carry
-            rows, i = at
-            batch = jax.tree.map(lambda x: x[rows], data)
-            extra = {"key": jax.random.fold_in(key, i)} if takes_key else {}
-            value, grads = objective(trainable, held, batch, **extra)
-            updates, opt_state = tx.update(grads, opt_state, trainable)
-            return (apply_updates(trainable, updates), opt_state), value
-
-        return jax.lax.scan(step, carry, (chunk, first + jnp.arange(len(chunk))))
-
-    return jax.jit(run, donate_argnums=0)
-
-
-def _abstract(dataset: PyTree, rows: int) -> PyTree:
-    def leaf(x: Any) -> jax.ShapeDtypeStruct:
-        dtype = jax.dtypes.canonicalize_dtype(
-            x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
+def _wrt_of(tx: optax.GradientTransformation, params: PyTree) -> Wrt:
+    """What a transformation trains, where nothing else says so."""
+    if isinstance(tx, ParamGroups):
+        return tx.assign(params).wrt
+    state = jax.eval_shape(tx.init, params)
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, ParamGroupsState))
+    if any(isinstance(node, ParamGroupsState) for node in nodes):
+        raise SelectionError(
+            "tx has param_groups inside of another transformation, which would see the gradients "
+            "of what the groups freeze. Pass what they train: "
+            "fit(..., wrt=groups.assign(params).wrt)."
         )
-        return jax.ShapeDtypeStruct((rows, *np.shape(x)[1:]), dtype)
-
-    return jax.tree.map(leaf, dataset)
+    return "**"
 
 
-def _rows(dataset: PyTree) -> int:
-    flat = flatten(dataset)
-    sizes = {
-        p: np.shape(x)[0] if np.ndim(x) else 0 for p, x in zip(flat.paths, flat.leaves, strict=True)
-    }
-    if len(set(sizes.values())) != 1 or 0 in sizes.values():
-        found = ", ".join(f"'{path}' {n}" for path, n in sizes.items()) or "no array"
-        raise ValueError(
-            f"the arrays of a dataset share their first axis, its rows; this one has {found}."
-        )
-    return next(iter(sizes.values()))
+def _takes_key(loss: Callable[..., Any], key: jax.Array | None) -> bool:
+    parameter = inspect.signature(loss).parameters.get("key")
+    if parameter is None:
+        return False
+    needed = parameter.default is inspect.Parameter.empty
+    if needed and key is None:
+        raise ValueError("the loss takes a key, and fit was given none: fit(..., key=...).")
+    return key is not None and (needed or parameter.default is None)
 
 
-def _shuffled(key: jax.Array, epoch: int, rows: int) -> np.ndarray:
-    return np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), rows))
-
-
-def _chunks(order: np.ndarray, batch_size: int, every: int | None) -> Iterator[np.ndarray]:
-    """Rows of the steps of each chunk, `[steps, batch]`; the short last batch comes by itself."""
-    whole = len(order) // batch_size * batch_size
-    full = order[:whole].reshape(-1, batch_size)
-    every = every or max(len(full), 1)
-    for start in range(0, len(full), every):
-        yield full[start : start + every]
-    if whole < len(order):
-        yield order[None, whole:]
-
-
-def _refuse_non_finite(values: np.ndarray, step: int, epoch: int, chunk: np.ndarray) -> None:
-    bad = np.flatnonzero(~np.isfinite(values))
-    if not len(bad):
-        return
-    first = int(bad[0])
-    shown = ", ".join(map(str, chunk[first][:6])) + ", ..." * (chunk.shape[1] > 6)
-    before = f" The loss before it was {values[first - 1]:.6g}." if first else ""
-    raise NonFiniteLossError(
-        f"the loss is {values[first]} at step {step + first} (epoch {epoch + 1}, rows {shown} of "
-        f"the dataset).{before} Look at these rows, lower the learning rate, or clip the "
-        "gradients (optax.clip_by_global_norm)."
+def _key_data(key: jax.Array | None) -> Any:
+    return (
+        None if key is None else [str(jax.random.key_impl(key)), jax.random.key_data(key).tolist()]
     )
 
 
+def _copied(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jnp.copy(x) if isinstance(x, jax.Array) else x, tree)
+
+
+def _non_finite(call: _Call, bad: int, values: jax.Array, log: _Log) -> str:
+    rows = call.batches[bad]
+    shown = ", ".join(map(str, rows[:6])) + ", ..." * (len(rows) > 6)
+    what = "the loss is" if not np.isfinite(values[bad]) else "the gradient is not finite, the loss"
+    before = f" The loss before it was {log.losses[-1]:.6g}." if log.losses.size else ""
+    streak = f", after {log.in_a_row - 1} more that were skipped" if log.in_a_row > 1 else ""
+    return (
+        f"{what} {values[bad]} at step {log.step + log.in_a_row - 1} (epoch {call.epoch + 1}, rows "
+        f"{shown} of the dataset){streak}.{before} Look at these rows, lower the learning rate, or "
+        "clip the gradients (optax.clip_by_global_norm). The state before it is in .state."
+    )
+
+
+def _interrupted(run: Run | None, signal: Any, state: TrainState) -> Interrupted:
+    where = f" It is saved in '{run.root}': continue it with resume=True." if run else ""
+    return Interrupted(f"{signal.name} ended the run at step {state.step}.{where}", state, signal)
+
+
 @contextlib.contextmanager
-def _bar(total: int, show: bool) -> Iterator[Callable[[int, str], None]]:
+def _bar(total: int, done: int, show: bool) -> Iterator[Callable[[int, str], None]]:
     """A progress bar on standard error, where that is a terminal."""
     from rich.console import Console
 
@@ -330,5 +415,5 @@ def _bar(total: int, show: bool) -> Iterator[Callable[[int, str], None]]:
 
     columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("compiling", total=total)
+        task = bar.add_task("compiling", total=total, completed=done)
         yield lambda rows, text: bar.update(task, advance=rows, description=text)

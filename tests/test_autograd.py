@@ -347,11 +347,26 @@ def test_microbatches_hold_gradients_of_the_selected_leaves_only():
             2,
             "argument '0/y' has 3 rows and '0/x' has 4; arrays in positional arguments are split",
         ),
+        ((), 2, "microbatches=2 and no positional argument to split. Pass the batch by position"),
     ],
 )
 def test_batches_that_do_not_split(args, parts, text):
     f = jg.grad(lambda p, *args: p.sum(), microbatches=parts)
     assert text in message(f, jnp.ones(2), *args)
+
+
+def test_a_batch_by_keyword_is_not_repeated_in_silence():
+    f = jg.grad(lambda p, batch, key=None: p * batch["x"].sum(), microbatches=2)
+    for key in ({}, {"key": jax.random.key(0)}):
+        text = message(f, jnp.ones(()), batch={"x": jnp.ones(4), "scale": 2.0}, **key)
+        assert "to split: 'batch/x' would go to each part whole. Pass the batch by" in text
+
+
+def test_microbatches_of_draws_alone():
+    f = jg.grad(lambda p, key, scale: p * scale * jax.random.normal(key), microbatches=2)
+    key = jax.random.key(0)
+    expected = jax.vmap(jax.random.normal)(jax.random.split(key)).mean()
+    assert f(jnp.ones(()), key, scale=1.0) == expected
 
 
 def test_microbatches_are_one_or_more():
@@ -427,6 +442,20 @@ def test_changes_to_a_module_are_not_lost_in_silence(call, changed):
     )
 
 
+@pytest.mark.parametrize("wrap", [nnx.remat, nnx.jit])
+def test_a_module_that_writes_back_what_it_was_passed_changes_nothing(wrap):
+    module = Noisy(nnx.Rngs(0))
+    module.eval()
+    inner = lambda m, x: m.drop(m.norm(x))
+    f = lambda inner: jg.grad(lambda m, x: (inner(m, x) ** 2).sum(), "norm/scale")
+    x = jnp.arange(6.0).reshape(3, 2)
+    grads, expected = (f(i)(module, x).norm.scale[...] for i in (wrap(inner), inner))
+    np.testing.assert_allclose(grads, expected, rtol=1e-6)
+    module.norm.train()
+    text = message(f(wrap(inner)), module, x)
+    assert text.startswith("the loss changes 'norm/mean', 'norm/var' of the NNX module")
+
+
 # Cotangents.
 
 
@@ -464,12 +493,12 @@ def test_pytrees_of_values():
         (
             lambda p: p,
             None,
-            "the value is float32[2], not a scalar, so backward needs gradient=, a cotangent of",
+            "the value is float32[2], not a real scalar, so backward needs gradient=, a cotangent",
         ),
         (
             lambda p: {"a": p.sum(), "b": p},
             None,
-            "the value 'b' is float32[2], not a scalar, so backward needs gradient=",
+            "the value 'b' is float32[2], not a real scalar, so backward needs gradient=",
         ),
         (
             lambda p: p,
@@ -483,7 +512,18 @@ def test_pytrees_of_values():
             "dtype of the value. Use jnp.broadcast_to or .astype('float32').",
         ),
         (lambda p: p, 1.0, "gradient is float32[] where the value is float32[2]"),
-        (lambda p: p.astype(int), jnp.ones(2), "the value is int32[2], which has no gradient"),
+        (
+            lambda p: p.sum().astype(complex),
+            None,
+            "the value is complex64[], not a real scalar, so backward",
+        ),
+        (lambda p: p.astype(int), None, "fun returns int32[2], which has no gradient: only"),
+        (lambda p: None, None, "fun returns no array, which has no gradient"),
+        (
+            lambda p: {"a": p.astype(int), "b": p},
+            {"a": jnp.ones(2), "b": jnp.ones(2)},
+            "the value 'a' is int32[2], which has no gradient; pass None",
+        ),
         (
             lambda p: {"a": p},
             jnp.ones(2),

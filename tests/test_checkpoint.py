@@ -150,6 +150,49 @@ def test_what_does_not_fit_is_named(tmp_path, into, text):
     assert text in str(info.value)
 
 
+def test_numbers_keys_and_arrays_without_elements(tmp_path):
+    tree = {
+        "number": 2.5,
+        "flag": True,
+        "scalar": np.float32(0.5),
+        "empty": jnp.zeros((0, 3), jnp.bfloat16),
+        "key": jax.random.key(3),
+        "keys": jax.random.split(jax.random.key(4, impl="rbg"), 2),
+    }
+    jg.save(tmp_path / "a", tree)
+    leaves = jg.inspect(tmp_path / "a").leaves
+    assert leaves["keys"].dtype == tree["keys"].dtype and leaves["keys"].shape == (2,)
+    assert leaves["empty"].shape == (0, 3) and leaves["flag"].dtype == bool
+    loaded = jg.load(tmp_path / "a", tree)
+    assert loaded["number"] == 2.5 and loaded["flag"] is True and loaded["scalar"] == 0.5
+    assert loaded["empty"].shape == (0, 3) and loaded["empty"].dtype == jnp.bfloat16
+    for name in ("key", "keys"):
+        assert loaded[name].dtype == tree[name].dtype
+        np.testing.assert_array_equal(*map(jax.random.key_data, (loaded[name], tree[name])))
+    with pytest.raises(jg.CheckpointError, match=r"'key' is key<fry>\[\], in the tree key<rbg>"):
+        jg.load(tmp_path / "a", tree | {"key": jax.random.key(0, impl="rbg")})
+
+
+def test_64_bits_are_not_lost_in_silence(tmp_path):
+    tree = {"w": np.array([1 / 3, 2 / 3])}
+    jg.save(tmp_path / "a", tree)
+    with pytest.raises(
+        jg.CheckpointError, match=r"'w' is float64\[2\] in .*, and JAX reads float32"
+    ):
+        jg.load(tmp_path / "a", tree)
+    jax.config.update("jax_enable_x64", True)
+    try:
+        np.testing.assert_array_equal(jg.load(tmp_path / "a", tree)["w"], tree["w"])
+    finally:
+        jax.config.update("jax_enable_x64", False)
+
+
+def test_a_config_that_json_can_not_hold(tmp_path):
+    with pytest.raises(jg.CheckpointError, match=r"config holds what JSON can't: .*\{'x': \{1\}\}"):
+        jg.save(tmp_path / "a", {"w": jnp.ones(1)}, config={"x": {1}})
+    assert not any(tmp_path.iterdir())
+
+
 def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at '.*nowhere': there is no such"):
         jg.inspect(tmp_path / "nowhere")
@@ -163,9 +206,11 @@ def test_what_is_no_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("tree", "text"),
     [
-        ({}, "this tree has no array"),
+        ({}, "this tree has none with an element"),
+        ({"a": jnp.zeros((0, 3))}, "this tree has none with an element"),
         (jnp.ones(2), "this tree has one without a name"),
-        ({"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}}, "this tree has two of one path"),
+        ({"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}}, "this tree has two at 'a/b'"),
+        ({"a/b": jnp.ones(2), "a": jnp.ones(2)}, "this tree has one at 'a' and others below it"),
     ],
 )
 def test_trees_that_have_no_paths(tmp_path, tree, text):

@@ -201,6 +201,31 @@ def test_params_of_another_structure():
         apply({"trunk": params["trunk"]}, X, **flags)
 
 
+@KINDS
+def test_a_half_is_no_model(make):
+    apply, params, flags = make("**")
+    trainable, _ = jg.partition(params, "!head/linear/bias")
+    with pytest.raises(ValueError, match="params has holes at 'head/linear/bias': it is a half"):
+        apply(trainable, X, **flags)
+
+
+def test_linen_layers_whose_mode_nobody_gives():
+    class Bare(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dropout(0.5, name="drop")(nn.BatchNorm(name="norm")(x))
+
+    variables = {
+        "params": {"norm": {"bias": jnp.zeros(2), "scale": jnp.ones(2)}},
+        "batch_stats": {"norm": {"mean": jnp.zeros(2), "var": jnp.ones(2)}},
+    }
+    apply, params = jg.functional(Bare(), variables)
+    np.testing.assert_allclose(apply(params, X), X / np.sqrt(1 + 1e-5), rtol=1e-6)
+    y, stats = apply.train(params, X, key=KEY)
+    assert (stats["batch_stats"]["norm"]["mean"] != 0).all()
+    assert (y == 0).any()
+
+
 @pytest.mark.parametrize(
     ("model", "text"),
     [

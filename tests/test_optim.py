@@ -301,6 +301,17 @@ def test_a_group_that_others_leave_empty():
     assert "put it before '**'" in error_of(tx.init, PARAMS, error=jg.SelectionError)
 
 
+@pytest.mark.parametrize(
+    "wrt", [lambda path, leaf: leaf.ndim == 2, {"head": False, "trunk": False}]
+)
+def test_a_group_that_takes_nothing(wrt):
+    tx = jg.param_groups([(wrt, optax.sgd(1.0)), ("head", optax.sgd(1.0))])
+    for call in (tx.init, tx.assign):
+        text = error_of(call, PARAMS, error=jg.SelectionError)
+        assert "takes no leaf, so its transformation would train nothing" in text
+        assert text.endswith("The tree's paths: 'head', 'trunk'.")
+
+
 def test_no_groups():
     assert "at least one group" in error_of(jg.param_groups, {}, error=jg.SelectionError)
 
@@ -354,6 +365,15 @@ def test_apply_updates_errors():
     assert error_of(jg.apply_updates, {"a": jnp.ones(2)}, {"a": jnp.ones(3)}) == (
         "the update for 'a' is float32[3], the parameter float32[2]."
     )
+
+
+def test_integers_with_gradients_of_no_dtype_stay():
+    params = {"a": jnp.ones(2), "count": jnp.array(3)}
+    grads = jax.grad(lambda p: p["a"].sum(), allow_int=True)(params)
+    tx = jg.param_groups({"a": optax.sgd(1.0)})
+    updates, _ = tx.update(grads, tx.init(params), params)
+    new = jg.apply_updates(params, updates)
+    assert new["count"] is params["count"] and (new["a"] == 0).all()
 
 
 def test_apply_updates_keeps_dtypes_and_whole_leaves():

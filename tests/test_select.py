@@ -99,6 +99,9 @@ def test_every_kind_of_wrt(wrt, expected):
         ("[!a]", "b", True),
         ("[^a]", "b", False),
         ("[^a]", "^", True),
+        ("a[!b]", "a/", False),
+        ("a[+-0]b", "a/b", False),
+        ("a[+-0]b", "a.b", True),
     ],
 )
 def test_glob_grammar(glob, path, matches):
@@ -271,6 +274,7 @@ PATHS = (
             "wrt, a tree of booleans, decides 'layer', which the tree has not.",
         ),
         ([], "as a tree of booleans it says nothing about 'embed/bias'"),
+        ("[z-a]", "wrt pattern '[z-a]' is no glob: bad character range z-a at position"),
     ],
 )
 def test_errors_say_what_to_do(wrt, text):
@@ -295,6 +299,9 @@ def test_tied_nnx_parameters_are_refused_with_both_paths():
     assert text.startswith("'head/kernel' and 'layers/0/kernel' are one tied Param.")
     assert "jaxgrad.functional(model)" in text
     assert "head/kernel" in jg.paths(net)  # to look is allowed
+    tx = jg.param_groups({"head/**": optax.sgd(0.1)})
+    for call in (tx.init, tx.assign, lambda net: jg.apply_updates(net, net)):
+        assert error_of(call, net) == text
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -116,6 +118,18 @@ def test_a_loss_with_a_key_gets_a_new_one_each_step():
         run(None)
 
 
+def test_a_key_that_the_loss_has_already_or_can_do_without():
+    def loss(p, batch, key=None):
+        return p + (0.0 if key is None else jax.random.normal(key)) + 0 * batch["x"].sum()
+
+    run = lambda loss, key: jg.fit(
+        loss, jnp.array(0.0), {"x": jnp.ones(6)}, optax.sgd(0.0), batch_size=2, key=key
+    ).losses.tolist()
+    assert run(loss, None) == [0.0] * 3
+    assert len(set(run(loss, KEY))) == 3
+    assert len(set(run(functools.partial(loss, key=jax.random.key(1)), KEY))) == 1
+
+
 def test_an_optimizer_whose_state_holds_the_parameters():
     loss, params, dataset = make()
     with jax.numpy_dtype_promotion("standard"):
@@ -147,6 +161,18 @@ def test_callbacks_add_to_the_history_and_can_stop():
     np.testing.assert_allclose(
         [r["loss"] for r in state.history], state.losses.reshape(3, 2).mean(1)
     )
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [(None, [5, 10]), (1, [*range(1, 11)]), (2, [2, 4, 5, 7, 9, 10]), (4, [4, 5, 9, 10])],
+)
+def test_a_short_last_batch_belongs_to_its_chunk(every, steps):
+    loss, params, dataset = make()
+    state = jg.fit(loss, params, dataset, optax.sgd(0.1), epochs=2, batch_size=5, every=every)
+    assert [r["step"] for r in state.history] == steps
+    chunks = np.split(state.losses, steps[:-1])
+    np.testing.assert_allclose([r["loss"] for r in state.history], [c.mean() for c in chunks])
 
 
 def test_a_chunk_compiles_once_whatever_the_number_of_epochs():
@@ -194,8 +220,50 @@ def test_a_loss_that_is_no_number_is_named():
     assert str(info.value) == (
         "the loss is nan at step 3 (epoch 1, rows 12, 13, 14, 15 of the dataset). The loss before "
         "it was 0. Look at these rows, lower the learning rate, or clip the gradients "
-        "(optax.clip_by_global_norm)."
+        "(optax.clip_by_global_norm). The state before it is in .state."
     )
+    assert info.value.state.step == 3
+    assert info.value.state.params == 1.0
+
+
+def test_steps_that_are_not_finite_are_skipped_within_a_bound():
+    """The steps of rows below zero are no numbers; skipped, they leave what the others give."""
+
+    def loss(p, batch):
+        return p["w"] * jnp.log(batch["x"]).mean() + p["w"] ** 2
+
+    x = jnp.arange(1.0, 13.0)
+    run = lambda x, skip, every=None: jg.fit(
+        loss,
+        {"w": jnp.array(1.0)},
+        {"x": x},
+        optax.sgd(0.1, momentum=0.9),
+        batch_size=2,
+        skip_nonfinite=skip,
+        every=every,
+    )
+    bad = x.at[jnp.array([2, 5, 10])].set(-1.0)  # in the steps 1, 2 and 5 of six
+    for every in (None, 1):
+        state = run(bad, 2, every)
+        assert np.isfinite(state.losses).tolist() == [True, False, False, True, True, False]
+        good = run(jnp.concatenate([x[:2], x[6:10]]), 0)
+        np.testing.assert_array_equal(state.params["w"], good.params["w"])
+        np.testing.assert_array_equal(state.losses[np.isfinite(state.losses)], good.losses)
+        with pytest.raises(jg.NonFiniteLossError, match=r"at step 2 .*after 1 more that") as info:
+            run(bad, 1, every)
+        assert info.value.state.step == len(info.value.state.losses) == 1
+        np.testing.assert_array_equal(info.value.state.params["w"], run(x[:2], 0).params["w"])
+    assert [r.get("skipped") for r in run(bad, 2).history] == [3]
+    assert np.isfinite(run(bad, 2).history[0]["loss"])
+
+
+def test_a_gradient_that_is_not_finite_ends_a_run_before_it_moves_anything():
+    loss = lambda p, batch: jnp.sqrt(p * batch["x"]).mean()
+    with pytest.raises(
+        jg.NonFiniteLossError, match="the gradient is not finite, the loss 0"
+    ) as info:
+        jg.fit(loss, jnp.array(1.0), {"x": jnp.zeros(4)}, optax.sgd(0.1))
+    assert info.value.state.params == 1.0
 
 
 @pytest.mark.parametrize(
@@ -203,6 +271,18 @@ def test_a_loss_that_is_no_number_is_named():
     [
         ({"batch_size": 0}, "batch_size=0; it must be 1 or more."),
         ({"every": -1}, "every=-1; it must be 1 or more."),
+        ({"skip_nonfinite": -1}, "skip_nonfinite=-1; it must be 0 or more."),
+        ({"resume": True}, "resume=True needs the directory of the run: fit(..., checkpoint="),
+        ({"epochs": -1}, "epochs=-1; it must be 0 or more."),
+        (
+            {
+                "tx": optax.chain(
+                    optax.clip_by_global_norm(1.0), jg.param_groups({"head/**": optax.sgd(0.1)})
+                )
+            },
+            "tx has param_groups inside of another transformation, which would see the gradients "
+            "of what the groups freeze. Pass what they train: fit(..., wrt=groups.assign(",
+        ),
         (
             {"dataset": {"x": np.ones(3), "y": np.ones(4)}},
             "the arrays of a dataset share their first axis, its rows; this one has 'x' 3, 'y' 4.",
@@ -267,6 +347,16 @@ def test_staged_with_a_key(eager_to_stage):
     assert "the frozen part runs once per row" in staged.staging
     np.testing.assert_allclose(staged.losses, unstaged.losses, rtol=1e-5)
     equal(staged.params, unstaged.params, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", [True, False])
+def test_a_dataset_may_lack_a_part(eager_to_stage, stage):
+    loss, params, dataset = make()
+    tx = jg.param_groups({"head/**": optax.sgd(0.1)})
+    run = lambda dataset: jg.fit(loss, params, dataset, tx, epochs=3, batch_size=5, stage=stage)
+    state = run(dataset | {"mask": None})
+    assert ("runs once per row" in state.staging) == stage
+    np.testing.assert_array_equal(state.losses, run(dataset).losses)
 
 
 @pytest.mark.parametrize("model", ["nnx", "equinox"])

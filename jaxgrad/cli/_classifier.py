@@ -12,8 +12,8 @@ import optax
 
 import jaxgrad as jg
 from jaxgrad import data
-from jaxgrad._checkpoint import nest
 from jaxgrad._select import flatten
+from jaxgrad._store import nest
 
 
 @dataclasses.dataclass(frozen=True)
