@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxgrad._autograd import GradientError, grad
 from jaxgrad._messages import spec
-from jaxgrad._select import Flat, PyTree, Wrt, flatten, is_array
+from jaxgrad._select import Flat, PyTree, Wrt, flatten, is_array, is_key
 
 
 def per_example_grads(
@@ -109,9 +109,8 @@ def _each_row(fun: Callable[..., Any], args: tuple, kwargs: dict, chunk: int | N
     flat = flatten((args, kwargs))
     count = _count_rows(flat)
     rows = {i: leaf for i, leaf in enumerate(flat.leaves) if _has_rows(flat.paths[i], leaf)}
-    keys = {
-        i: jax.random.split(leaf, count) for i, leaf in enumerate(flat.leaves) if _one_key(leaf)
-    }
+    keys = {i: leaf for i, leaf in enumerate(flat.leaves) if is_key(leaf) and leaf.ndim == 0}
+    keys = {i: jax.random.split(key, count) for i, key in keys.items()}
 
     def of_one(rows: dict[int, jax.Array], keys: dict[int, jax.Array]) -> Any:
         mine = {i: row[None] for i, row in rows.items()} | keys

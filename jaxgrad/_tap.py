@@ -173,6 +173,7 @@ class _Site:
         avals: of its leaves, one turn of the loops around it.
         mapped: see `tap_p`.
         turns: the lengths of the scans around it, the outermost first.
+        again: whether it is in what a checkpoint computes again, for a gradient within `fun`.
     """
 
     source: str
@@ -180,6 +181,11 @@ class _Site:
     avals: tuple[Any, ...]
     mapped: tuple[tuple[int, ...], ...]
     turns: tuple[int, ...] = ()
+    again: bool = False
+
+    def like(self, other: "_Site") -> bool:
+        """Whether both are taps of one shape."""
+        return dataclasses.replace(self, source=other.source, again=other.again) == other
 
     def zeros(self) -> list[jax.Array]:
         zeros = [
@@ -228,12 +234,13 @@ def _sites(jaxpr: jex.Jaxpr) -> dict[str, _Site]:
     sites: dict[str, _Site] = {}
     for eqn in jaxpr.eqns:
         for name, site in _sites_of(eqn).items():
-            if name in sites:
+            first = sites.setdefault(name, site)
+            # What is computed again is the same value, and takes part in the same cotangent.
+            if first is not site and not ((first.again or site.again) and first.like(site)):
                 raise TapError(
-                    f"tap '{name}' occurs twice: at {sites[name].source}, and at {site.source}. "
+                    f"tap '{name}' occurs twice: at {first.source}, and at {site.source}. "
                     f"Each needs a name of its own, as tap(h, f'{name}/{{i}}') in a Python loop."
                 )
-            sites[name] = site
     return sites
 
 
@@ -250,6 +257,8 @@ def _sites_of(eqn: jex.JaxprEqn) -> dict[str, _Site]:
     if eqn.primitive is primitives.scan_p:
         turns = (eqn.params["length"],)
         return {n: dataclasses.replace(s, turns=turns + s.turns) for n, s in sites.items()}
+    if eqn.primitive is primitives.remat_p and eqn.params["differentiated"]:
+        return {n: dataclasses.replace(s, again=True) for n, s in sites.items()}
     if sites and eqn.primitive not in _CALLS:
         name = eqn.primitive.name
         raise TapError(
@@ -265,7 +274,7 @@ def _sites_of_branches(eqn: jex.JaxprEqn) -> dict[str, _Site]:
     for branch in eqn.params["branches"]:
         for name, site in _sites(branch.jaxpr).items():
             other = sites.setdefault(name, site)
-            if dataclasses.replace(other, source=site.source) != site:
+            if not other.like(site):
                 raise TapError(
                     f"tap '{name}' is of another shape in each branch of a cond: {other}, and "
                     f"{site}. Give each a name of its own."

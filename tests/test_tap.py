@@ -192,9 +192,12 @@ def test_the_innermost_call_takes_the_taps():
     same(taps, {"outer": jnp.ones((4, 3))})
 
 
-def test_an_inner_gradient_that_takes_none_leaves_them_to_the_outer():
+@pytest.mark.parametrize("policy", [None, jax.checkpoint_policies.dots_saveable, "no checkpoint"])
+def test_an_inner_gradient_that_takes_none_leaves_them_to_the_outer(policy):
+    inner = net if policy == "no checkpoint" else jax.checkpoint(net, policy=policy)
+
     def outer(p, x):
-        return jnp.sum(jax.grad(net)(p, x)["head"] * p["head"])
+        return jnp.sum(jax.grad(inner)(p, x)["head"] * p["head"])
 
     def moved(move):
         return jnp.sum(jax.grad(lambda p: net(p, X, move))(PARAMS)["head"] * PARAMS["head"])
