@@ -141,9 +141,18 @@ def check_grads(
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         params, args, kwargs = (_doubled(tree) for tree in (params, args, kwargs))
         selected, rest = split_for_grad(params, wrt)
-        value = jax.jit(lambda s: loss(merge(s, rest), *args, **kwargs))
-        precision = _precision(jax.make_jaxpr(value)(selected))
-        grads = flatten(jax.jit(grad(lambda s: loss(merge(s, rest), *args, **kwargs)))(selected))
+        others = flatten((rest, args, kwargs))
+        # As arguments: XLA spends seconds on folding constants of this size.
+        arrays = {i: leaf for i, leaf in enumerate(others.leaves) if hasattr(leaf, "dtype")}
+
+        def of_arrays(selected: PyTree, arrays: dict[int, Any]) -> Any:
+            leaves = [arrays.get(i, leaf) for i, leaf in enumerate(others.leaves)]
+            rest, args, kwargs = others.treedef.unflatten(leaves)
+            return loss(merge(selected, rest), *args, **kwargs)
+
+        value = jax.jit(of_arrays)
+        precision = _precision(jax.make_jaxpr(lambda s: of_arrays(s, arrays))(selected))
+        grads = flatten(jax.jit(grad(of_arrays))(selected, arrays))
         flat = flatten(selected)
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
         checked = []
@@ -153,7 +162,7 @@ def check_grads(
 
             def at(x: Any, i: int = i) -> float:
                 leaves = [*flat.leaves[:i], x, *flat.leaves[i + 1 :]]
-                return float(value(flat.treedef.unflatten(leaves)))
+                return float(value(flat.treedef.unflatten(leaves), arrays))
 
             along = [*_directions(np.asarray(leaf), directions, rng)]
             compared = _compare(at, np.asarray(leaf), np.asarray(grads.leaves[i]), along, precision)
