@@ -92,7 +92,8 @@ def early_stopping(
         min_delta: how much better, in the units of the metric, counts as better.
 
     Returns:
-        A callback. To have the parameters of the best chunk back, keep them:
+        A callback, to put last: those after it are not called for the chunk that it ends the run
+        at. To have the parameters of the best chunk back, keep them:
         `Checkpoints(..., best=1, metric=metric, mode=mode)`.
 
     Raises:

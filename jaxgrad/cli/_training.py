@@ -88,12 +88,12 @@ class Training:
                 }
 
             chosen.append(callbacks.evaluate(metrics, test))
-        if self.patience is not None:
-            chosen.append(
-                callbacks.early_stopping("test_accuracy", patience=self.patience, mode="max")
-            )
         if self.log:
             chosen.append(callbacks.write_jsonl(self.log))
         if self.tensorboard:
             chosen.append(callbacks.write_tensorboard(self.tensorboard))
+        if self.patience is not None:
+            chosen.append(
+                callbacks.early_stopping("test_accuracy", patience=self.patience, mode="max")
+            )
         return chosen
