@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 from jaxgrad._autograd import GradientError, backward, grad, stop_gradient, value_and_grad
 from jaxgrad._check_grads import GradCheck, check_grads
 from jaxgrad._checkpoint import CheckpointInfo, inspect, load, save
+from jaxgrad._ema import averaged_params, params_ema
 from jaxgrad._functional import Apply, functional
 from jaxgrad._graph import Equation, Graph, trace
 from jaxgrad._hook import HookError, hook
 from jaxgrad._nonfinite import NonFinite, find_nonfinite
 from jaxgrad._optim import Assignment, ParamGroups, UpdateError, apply_updates, param_groups
 from jaxgrad._per_example import grad_norms, per_example_grads
+from jaxgrad._precision import mixed_precision
 from jaxgrad._runs import Checkpoints
 from jaxgrad._select import MergeError, SelectionError, Wrt, merge, partition, paths, select
 from jaxgrad._signals import Interrupted
@@ -21,7 +23,7 @@ from jaxgrad._tap import TapError, tap
 from jaxgrad._train import NonFiniteLossError, StopTraining, TrainState, fit
 
 if TYPE_CHECKING:
-    from jaxgrad import data, models, torch
+    from jaxgrad import callbacks, data, models, torch
 
 __all__ = [
     "Apply",
@@ -48,7 +50,9 @@ __all__ = [
     "UpdateError",
     "Wrt",
     "apply_updates",
+    "averaged_params",
     "backward",
+    "callbacks",
     "check_grads",
     "data",
     "find_nonfinite",
@@ -60,8 +64,10 @@ __all__ = [
     "inspect",
     "load",
     "merge",
+    "mixed_precision",
     "models",
     "param_groups",
+    "params_ema",
     "partition",
     "paths",
     "per_example_grads",
@@ -78,6 +84,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # These load Flax, which takes longer than all else together: only when first used.
-    if name in ("data", "models", "torch"):
+    if name in ("callbacks", "data", "models", "torch"):
         return importlib.import_module(f"jaxgrad.{name}")
     raise AttributeError(f"module 'jaxgrad' has no attribute {name!r}")

@@ -235,7 +235,10 @@ def _newest(path: Path) -> Path:
 
 
 def _under(node: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
-    return {p.removeprefix(node + "/"): x for p, x in leaves.items() if p.startswith(node + "/")}
+    """The leaves below a node; the node itself, where it is one, by the empty path."""
+    return {
+        p[len(node) + 1 :]: x for p, x in leaves.items() if p == node or p.startswith(node + "/")
+    }
 
 
 def _write(path: Path, tree: PyTree, record: Mapping[str, Any]) -> None:

@@ -1,6 +1,9 @@
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -293,3 +296,52 @@ def test_import_does_not_load_what_it_may_not_need():
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=env)
     assert jax.__name__ in sys.modules
+
+
+def test_a_run_that_is_ended_by_a_signal_goes_on(runs, tmp_path):
+    argv = [
+        "--from",
+        runs / "pretrained",
+        "--checkpoint",
+        tmp_path / "run",
+        "--out",
+        tmp_path / "out",
+    ]
+    command = [sys.executable, "-c", "import sys; from jaxgrad.cli import main; sys.exit(main())"]
+    process = subprocess.Popen(
+        [*command, "finetune", *map(str, argv), "--epochs", "100000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(tmp_path.glob("run/steps/*/commit_success.txt")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "SIGTERM: finishing the step and saving; again to leave at once" in err
+    assert "jaxgrad: SIGTERM ended the run at step" in err and "continue it with --resume." in err
+    assert "Traceback" not in err and not (tmp_path / "out").exists()
+    assert jg.inspect(tmp_path / "run").config["model"] == "mlp"
+    epochs = max(int(p.name) for p in tmp_path.glob("run/steps/*")) // 12 + 2
+    assert main(["finetune", *map(str, argv), "--resume", "--epochs", str(epochs)]) == 0
+    assert (tmp_path / "out").is_dir()
+
+
+def test_records_and_pictures(runs, tmp_path, capsys):
+    argv = ["finetune", "--from", runs / "pretrained", "--out", tmp_path / "out", "--epochs", "9"]
+    argv += ["--log", tmp_path / "log.jsonl", "--plot", tmp_path / "plots/a.png"]
+    argv += ["--tensorboard", tmp_path / "board", "--patience", "0", "--schedule", "cosine"]
+    argv += ["--precision", "bfloat16"]
+    with jax.numpy_dtype_promotion("standard"):  # for Optax's schedule
+        status, out, err = output(capsys, *argv, "--checkpoint", tmp_path / "run")
+    assert status == 0, err
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert "test_accuracy" in records[0] and f"in epoch {records[-1]['epoch'] + 1}" in out
+    assert (tmp_path / "plots/a.png").stat().st_size > 10_000
+    assert list((tmp_path / "board").iterdir())
+    status, _, err = output(capsys, *argv, "--checkpoint", tmp_path / "run")
+    assert status == 1 and "holds a run, of step" in err and "Continue it with --resume" in err
+    status, _, err = output(capsys, *argv, "--resume")
+    assert status == 1 and "--resume needs the directory of the run: --checkpoint PATH" in err

@@ -14,6 +14,7 @@ from flax import nnx
 
 import jaxgrad as jg
 from jaxgrad.models import MLP
+from tests import kills
 
 KEY = jax.random.key(0)
 ROWS = 22
@@ -382,3 +383,12 @@ def test_records_are_json(tmp_path):
     run(tmp_path / "run", epochs=1)
     record = json.loads((tmp_path / "run/steps/5/_CHECKPOINT_METADATA").read_text())
     assert "history" in json.dumps(record)
+
+
+@pytest.mark.slow
+def test_kills(tmp_path):
+    """The short form of `python -m tests.kills`."""
+    moments = kills.kill_again_and_again(tmp_path / "killed", epochs=150, kills=4, seed=0)
+    assert moments["kills"] == 4
+    digests = {kills.finished(tmp_path / name, epochs=150) for name in ("killed", "left")}
+    assert len(digests) == 1

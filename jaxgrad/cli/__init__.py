@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
+import jaxgrad as jg
+
 _DESCRIPTION = """\
 Selective differentiation and fine-tuning for JAX.
 
@@ -58,11 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         command.run()
+    except jg.Interrupted as e:
+        return _fail(str(e).replace("resume=True", "--resume"), 128 + e.signal)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except (ValueError, OSError, ArithmeticError, ModuleNotFoundError) as e:
         # What the library raises for bad input says what to do, and is all that helps here.
-        return _fail(str(e))
+        return _fail(str(e).replace("resume=True", "--resume"))
     return 0
 
 

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import numpy as np
-import optax
 import tyro
 
 import jaxgrad as jg
@@ -15,13 +13,14 @@ from jaxgrad import data
 from jaxgrad._checkpoint import refuse_taken
 from jaxgrad.cli._classifier import Classifier
 from jaxgrad.cli._table import table
+from jaxgrad.cli._training import Training
 from jaxgrad.cli.pretrain import Pretrain, digits_or_files
 
 _PRETRAINED = Path("runs/pretrained")
 
 
 @dataclasses.dataclass(frozen=True)
-class Finetune:
+class Finetune(Training):
     """Freeze a pretrained model but for its head, and re-train that on other digits.
 
     What is trained is said by patterns over the paths of the parameters: --train "head/**" trains
@@ -46,16 +45,6 @@ class Finetune:
     """MNIST or Fashion-MNIST: a directory with the four IDX files, or an .npz file."""
     classes: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...")] = (5, 6, 7, 8, 9)
     """Labels to re-train on."""
-    epochs: int = 20
-    """How often to go through the rows."""
-    batch_size: int = 64
-    """Rows a step."""
-    learning_rate: float = 1e-2
-    """Of SGD."""
-    momentum: float = 0.9
-    """Of SGD."""
-    seed: int = 0
-    """Of the shuffling."""
 
     def run(self) -> None:
         """Loads, re-trains, reports and saves."""
@@ -75,29 +64,22 @@ class Finetune:
             seen = model.predict(model.params, data.noise(12, seed=self.seed)["image"]).argmax(1)
             console.print(f"Predictions on noise: {' '.join(map(str, seen))}")
 
-        sgd = optax.sgd(self.learning_rate, momentum=self.momentum)
-        tx = jg.param_groups([(list(self.train or [_last_layer(model)]), sgd)])
-        assignment = tx.assign(model.params)
-        (trained,) = assignment.groups.values()
+        wrt = list(self.train or [_last_layer(model)])
+        trained = jg.paths(jg.partition(model.params, wrt)[0])
         leaves = dict(zip(jg.paths(model.params), jax.tree.leaves(model.params), strict=True))
         console.print(table(str(source), leaves, trained))
 
         before = model.accuracy(model.params, test)
-        state = jg.fit(
-            model.loss,
-            model.params,
-            train,
-            tx,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            key=jax.random.key(self.seed),
-        )
+        state = self.fit(model, train, test, wrt)
+        if state.resumed:
+            console.print(state.resumed.capitalize(), markup=False)
         console.print(f"Staging: {state.staging}", markup=False)
         after = model.accuracy(state.params, test)
-        losses = [steps.mean() for steps in np.array_split(state.losses, self.epochs)]
+        first, last = state.history[0], state.history[-1]
         console.print(
             f"Trained on {len(train['label']):,} rows, labels {' '.join(map(str, self.classes))}: "
-            f"mean loss {losses[0]:.3f} in the first epoch, {losses[-1]:.3f} in epoch {self.epochs}"
+            f"mean loss {first['loss']:.3f} in the first epoch, {last['loss']:.3f} in epoch "
+            f"{last['epoch'] + 1}"
         )
         console.print(
             f"Accuracy on {len(test['label']):,} other rows: "
@@ -106,7 +88,7 @@ class Finetune:
         model.save(
             self.out,
             state.params,
-            list(trained),
+            trained,
             overwrite=True,
             accuracy=after,
             trained_on=list(self.classes),

@@ -4,18 +4,17 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
-import jax
-import optax
 import tyro
 
 import jaxgrad as jg
 from jaxgrad import data
 from jaxgrad._checkpoint import refuse_taken
 from jaxgrad.cli._classifier import Classifier
+from jaxgrad.cli._training import Training
 
 
 @dataclasses.dataclass(frozen=True)
-class Pretrain:
+class Pretrain(Training):
     """Train an MLP on handwritten digits, by default 0 to 4, and save it.
 
     The saved model is what `jaxgrad finetune` starts from. All its parameters are trained, with
@@ -30,16 +29,6 @@ class Pretrain:
     """Labels to train on."""
     hidden: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...")] = (512, 512, 256)
     """Widths of the hidden layers."""
-    epochs: int = 20
-    """How often to go through the rows."""
-    batch_size: int = 64
-    """Rows a step."""
-    learning_rate: float = 1e-2
-    """Of SGD."""
-    momentum: float = 0.9
-    """Of SGD."""
-    seed: int = 0
-    """Of the initial weights and the shuffling."""
     overwrite: bool = False
     """Replace the model that is in --out."""
 
@@ -57,15 +46,7 @@ class Pretrain:
             f"Pretraining on {len(train['label']):,} rows, labels "
             f"{' '.join(map(str, self.classes))}, for {self.epochs} epochs."
         )
-        state = jg.fit(
-            model.loss,
-            model.params,
-            train,
-            optax.sgd(self.learning_rate, momentum=self.momentum),
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            key=jax.random.key(self.seed),
-        )
+        state = self.fit(model, train, test)
         accuracy = model.accuracy(state.params, test)
         console.print(f"Accuracy on {len(test['label']):,} other rows: [bold]{accuracy:.1%}[/]")
         model.save(

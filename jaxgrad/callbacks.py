@@ -1,0 +1,268 @@
+"""What `fit` calls between its chunks: evaluation, early stopping, writers.
+
+A callback is a function of the `TrainState` that returns what is to be added to the record of the
+chunk. Those here keep no state of their own: what they need is in `state.history`, which a run that
+is resumed has back, so that they go on as if it had not ended. They are called in the order given,
+and each sees what those before it have added.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgrad._select import PyTree
+from jaxgrad._steps import rows_of
+from jaxgrad._train import Callback, StopTraining, TrainState
+
+__all__ = ["early_stopping", "evaluate", "plot_history", "write_jsonl", "write_tensorboard"]
+
+
+def evaluate(
+    metrics: Callable[[PyTree, PyTree], Mapping[str, Any]],
+    dataset: PyTree,
+    *,
+    batch_size: int = 256,
+    prefix: str = "test_",
+) -> Callback:
+    """Returns a callback that evaluates the model on other rows.
+
+    Args:
+        metrics: `metrics(params, batch)`, pure, to a dict of scalars that are means over the rows
+            of the batch.
+        dataset: a pytree of arrays with one first axis, the rows.
+        batch_size: rows at a time.
+        prefix: goes before the names in the record.
+
+    Returns:
+        A callback that adds the means over all rows.
+
+    Raises:
+        ValueError: the arrays of the dataset differ in their rows, or `batch_size` is below 1.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, jaxgrad as jg
+        >>> loss = lambda p, batch: jnp.mean((p * batch["x"] - batch["y"]) ** 2)
+        >>> x = jnp.arange(8.0)
+        >>> test = jg.callbacks.evaluate(lambda p, b: {"loss": loss(p, b)}, {"x": x, "y": 3 * x})
+        >>> data = {"x": x[:4], "y": 3 * x[:4]}
+        >>> state = jg.fit(loss, jnp.array(0.0), data, optax.sgd(0.1), epochs=9, callbacks=[test])
+        >>> round(state.history[0]["test_loss"], 2), round(state.history[-1]["test_loss"], 2)
+        (14.17, 0.0)
+
+    Source: the test loop of the PyTorch tutorials, under `torch.no_grad()`.
+    """
+    rows = rows_of(dataset)
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}; it must be 1 or more.")
+    compiled = jax.jit(metrics)
+    data = jax.tree.map(jnp.asarray, dataset)
+
+    def callback(state: TrainState) -> dict[str, float]:
+        totals: dict[str, Any] = {}
+        for start in range(0, rows, batch_size):
+            batch = jax.tree.map(lambda x: x[start : start + batch_size], data)  # noqa: B023
+            n = min(batch_size, rows - start)
+            for name, value in compiled(state.params, batch).items():
+                totals[name] = totals.get(name, 0.0) + n * value.astype(jnp.float32)
+        return {prefix + name: float(total / rows) for name, total in totals.items()}
+
+    return callback
+
+
+def early_stopping(
+    metric: str,
+    *,
+    patience: int,
+    mode: Literal["min", "max"] = "min",
+    min_delta: float = 0.0,
+) -> Callback:
+    """Returns a callback that ends the run when a metric no longer gets better.
+
+    Args:
+        metric: a name in the records of the history, as `loss` or what a callback before adds.
+        patience: how many chunks without a better value to bear; one more ends the run.
+        mode: whether less or more is better.
+        min_delta: how much better, in the units of the metric, counts as better.
+
+    Returns:
+        A callback, to put last: those after it are not called for the chunk that it ends the run
+        at. To have the parameters of the best chunk back, keep them:
+        `Checkpoints(..., best=1, metric=metric, mode=mode)`.
+
+    Raises:
+        ValueError: `patience` is below 0, or there is no such `mode`; and in training, the metric
+            is not in the record.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, jaxgrad as jg
+        >>> stop = jg.callbacks.early_stopping("loss", patience=2, min_delta=1e-3)
+        >>> loss = lambda p, batch: jnp.mean((p - batch) ** 2)
+        >>> state = jg.fit(
+        ...     loss, jnp.array(0.0), jnp.ones(4), optax.sgd(0.4), epochs=99, callbacks=[stop]
+        ... )
+        >>> state.step
+        7
+
+    Source: Keras's `EarlyStopping`.
+    """
+    if patience < 0:
+        raise ValueError(f"patience={patience}; it must be 0 or more.")
+    if mode not in ("min", "max"):
+        raise ValueError(f"mode={mode!r}; it must be 'min' or 'max'.")
+    sign = 1.0 if mode == "min" else -1.0
+
+    def callback(state: TrainState) -> None:
+        if metric not in state.history[-1]:
+            found = ", ".join(map(repr, state.history[-1]))
+            raise ValueError(
+                f"early_stopping: there is no {metric!r} in the record, which has {found}. Put it "
+                "after the callback that adds the metric."
+            )
+        best, since = np.inf, 0
+        for record in state.history:
+            value = sign * record.get(metric, np.inf)
+            best, since = (value, 0) if value < best - min_delta else (best, since + 1)
+        if since > patience:
+            raise StopTraining
+
+    return callback
+
+
+def write_jsonl(path: str | PathLike[str]) -> Callback:
+    """Returns a callback that writes the history as JSON, a record a line.
+
+    Args:
+        path: the file. A resumed run replaces what it holds by the history of the run, so that no
+            record is there twice.
+
+    Returns:
+        A callback.
+
+    Raises:
+        OSError: in training, the file can't be written.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, optax, jaxgrad as jg
+        >>> path = tempfile.mkdtemp() + "/log.jsonl"
+        >>> write = jg.callbacks.write_jsonl(path)
+        >>> loss = lambda p, batch: jnp.mean((p - batch) ** 2)
+        >>> _ = jg.fit(
+        ...     loss, jnp.array(0.0), jnp.ones(4), optax.sgd(0.5), epochs=2, callbacks=[write]
+        ... )
+        >>> import json
+        >>> from pathlib import Path
+        >>> [json.loads(line)["loss"] for line in Path(path).read_text().splitlines()]
+        [1.0, 0.0]
+
+    Source: the writers of `clu.metric_writers`.
+    """
+    path = Path(path)
+
+    def callback(state: TrainState) -> None:
+        lines = [json.dumps(record) + "\n" for record in state.history]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            written = path.read_text().splitlines(keepends=True)
+        except FileNotFoundError:
+            written = []
+        if written == lines[:-1]:
+            with path.open("a") as file:
+                file.write(lines[-1])
+            return
+        new = path.with_name(f".{path.name}.new-{os.getpid()}")
+        new.write_text("".join(lines))
+        new.replace(path)
+
+    return callback
+
+
+def write_tensorboard(directory: str | PathLike[str]) -> Callback:
+    """Returns a callback that writes the history for TensorBoard.
+
+    Args:
+        directory: where `tensorboard --logdir` looks.
+
+    Returns:
+        A callback; the abscissa is the step. It needs `pip install 'jaxgrad[tensorboard]'`.
+
+    Raises:
+        ModuleNotFoundError: tensorboardX is not installed.
+
+    Example:
+        >>> import jaxgrad as jg
+        >>> write = jg.callbacks.write_tensorboard("runs/logs")    # doctest: +SKIP
+
+    Source: `torch.utils.tensorboard.SummaryWriter`.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ModuleNotFoundError as e:
+        raise ModuleNotFoundError(
+            "write_tensorboard needs tensorboardX: pip install 'jaxgrad[tensorboard]'",
+            name="tensorboardX",
+        ) from e
+    writer = SummaryWriter(str(directory))
+
+    def callback(state: TrainState) -> None:
+        record = state.history[-1]
+        for name, value in record.items():
+            if name != "step":
+                writer.add_scalar(name, value, int(record["step"]))
+        writer.flush()
+
+    return callback
+
+
+def plot_history(
+    history: Sequence[Mapping[str, float]], path: str | PathLike[str] | None = None
+) -> Any:
+    """Draws losses and metrics over the steps.
+
+    Args:
+        history: `TrainState.history`.
+        path: where to save the picture, by its ending (`.png`, `.svg`, `.pdf`), if anywhere.
+
+    Returns:
+        The `matplotlib.figure.Figure`: what is called a loss on one axis, all else on another.
+
+    Raises:
+        ValueError: the history is empty.
+        ModuleNotFoundError: matplotlib is not installed.
+
+    Example:
+        >>> import jaxgrad as jg
+        >>> history = [{"step": 1, "loss": 2.0, "accuracy": 0.5}, {"step": 2, "loss": 1.0}]
+        >>> [axes.get_ylabel() for axes in jg.callbacks.plot_history(history).axes]
+        ['loss', 'accuracy']
+
+    Source: `History` of Keras, as its guides draw it.
+    """
+    from matplotlib.figure import Figure
+
+    if not history:
+        raise ValueError("there is nothing to draw: the history has no record.")
+    names = dict.fromkeys(name for record in history for name in record)
+    names = [n for n in names if n not in ("step", "epoch", "rows_per_s", "skipped")]
+    panels = [[n for n in names if "loss" in n], [n for n in names if "loss" not in n]]
+    panels = [panel for panel in panels if panel]
+    figure = Figure(figsize=(4.5 * len(panels), 3.2), layout="constrained")
+    for axes, panel in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
+        for name in panel:
+            points = [(r["step"], r[name]) for r in history if name in r]
+            axes.plot(
+                *zip(*points, strict=True), marker="." if len(points) < 40 else "", label=name
+            )
+        axes.set(xlabel="step", ylabel=panel[0] if len(panel) == 1 else "")
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(panel) > 1:
+            axes.legend(frameon=False)
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure

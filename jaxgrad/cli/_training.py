@@ -1,0 +1,99 @@
+"""How the commands train: the options that they share, and what becomes of them."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+
+import jaxgrad as jg
+from jaxgrad import callbacks, data
+from jaxgrad.cli._classifier import Classifier
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Options of a command that trains."""
+
+    epochs: int = 20
+    """How often to go through the rows."""
+    batch_size: int = 64
+    """Rows a step."""
+    learning_rate: float = 1e-2
+    """Of SGD."""
+    momentum: float = 0.9
+    """Of SGD."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Whether the learning rate falls to zero, along a cosine, after a twentieth of warm-up."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; the trained parameters are kept in float32."""
+    seed: int = 0
+    """Of the initial weights, where there are any, and of the shuffling."""
+    checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """Directory to save the run in after each epoch. Ctrl-C then saves, too."""
+    resume: bool = False
+    """Go on with the run in --checkpoint, to the same result as if it had not ended."""
+    patience: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """End the run after so many epochs without a better accuracy, and one more."""
+    log: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write the record of each epoch to this file, as a line of JSON."""
+    tensorboard: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """Write them to this directory for TensorBoard."""
+    plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Draw loss and accuracy over the steps in this file (.png, .svg, .pdf)."""
+
+    def fit(
+        self, model: Classifier, train: data.Dataset, test: data.Dataset, wrt: jg.Wrt = "**"
+    ) -> jg.TrainState:
+        """Trains a model by these options."""
+        if self.resume and self.checkpoint is None:
+            raise ValueError("--resume needs the directory of the run: --checkpoint PATH.")
+        loss = model.loss if self.precision == "float32" else jg.mixed_precision(model.loss)
+        state = jg.fit(
+            loss,
+            model.params,
+            train,
+            jg.param_groups([(wrt, self._sgd(len(train["label"])))]),
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            key=jax.random.key(self.seed),
+            callbacks=self._callbacks(model, test),
+            checkpoint=self.checkpoint and jg.Checkpoints(self.checkpoint, config=model.config),
+            resume=self.resume,
+        )
+        if self.plot:
+            self.plot.parent.mkdir(parents=True, exist_ok=True)
+            callbacks.plot_history(state.history, self.plot)
+        return state
+
+    def _sgd(self, rows: int) -> optax.GradientTransformation:
+        rate: Any = self.learning_rate
+        if self.schedule == "cosine":
+            steps = self.epochs * -(-rows // self.batch_size)
+            rate = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20, steps)
+        return optax.sgd(rate, momentum=self.momentum)
+
+    def _callbacks(self, model: Classifier, test: data.Dataset) -> list[Any]:
+        chosen: list[Any] = []
+        if self.patience is not None or self.log or self.tensorboard or self.plot:
+
+            def metrics(params: Any, batch: data.Dataset) -> dict[str, jax.Array]:
+                logits = model.logits(params, batch["image"])
+                return {
+                    "loss": model.loss(params, batch),
+                    "accuracy": jnp.mean(logits.argmax(-1) == batch["label"]),
+                }
+
+            chosen.append(callbacks.evaluate(metrics, test))
+        if self.log:
+            chosen.append(callbacks.write_jsonl(self.log))
+        if self.tensorboard:
+            chosen.append(callbacks.write_tensorboard(self.tensorboard))
+        if self.patience is not None:
+            chosen.append(
+                callbacks.early_stopping("test_accuracy", patience=self.patience, mode="max")
+            )
+        return chosen

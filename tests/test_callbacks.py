@@ -1,0 +1,178 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxgrad as jg
+from jaxgrad.callbacks import (
+    early_stopping,
+    evaluate,
+    plot_history,
+    write_jsonl,
+    write_tensorboard,
+)
+
+X = jnp.arange(1.0, 8.0)
+DATA = {"x": X, "y": 3 * X}
+
+
+def loss(p, batch):
+    return jnp.mean((p * batch["x"] - batch["y"]) ** 2)
+
+
+def fit(*callbacks, epochs=4, learning_rate=0.01, **options):
+    tx = optax.sgd(learning_rate)
+    return jg.fit(loss, jnp.array(0.0), DATA, tx, epochs=epochs, callbacks=callbacks, **options)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+def test_evaluation_is_the_mean_over_rows(batch_size):
+    metrics = lambda p, b: {"loss": loss(p, b), "n": jnp.array(len(b["x"]))}
+    state = fit(evaluate(metrics, DATA, batch_size=batch_size, prefix="val_"))
+    np.testing.assert_allclose(
+        state.history[-1]["val_loss"], loss(state.params, DATA), rtol=1e-5, atol=1e-12
+    )
+    sizes = [min(batch_size, 7 - start) for start in range(0, 7, batch_size)]
+    assert state.history[-1]["val_n"] == pytest.approx(sum(n * n for n in sizes) / 7)
+    with pytest.raises(ValueError, match="batch_size=0; it must be 1 or more"):
+        evaluate(metrics, DATA, batch_size=0)
+    with pytest.raises(ValueError, match="share their first axis, its rows; this one has 'x' 7"):
+        evaluate(metrics, {"x": X, "y": X[:3]})
+
+
+def scripted(values):
+    """A callback that adds one value of a list after another."""
+    return lambda state: {"score": values[len(state.history) - 1]}
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "epochs"),
+    [
+        ([3, 2, 1, 0, 0, 0, 0, 0], {"patience": 1}, 6),
+        ([3, 2, 2.5, 1, 2, 2, 2, 2], {"patience": 1}, 6),
+        ([3, 2, 1, 0, 0, 0, 0, 0], {"patience": 0, "mode": "max"}, 2),
+        ([1, 2, 3, 3.5, 4, 4.5, 5, 9], {"patience": 1, "mode": "max", "min_delta": 0.9}, 8),
+        ([1, 2, 3, 3.1, 3.2, 3.3, 5, 9], {"patience": 1, "mode": "max", "min_delta": 0.9}, 5),
+    ],
+)
+def test_early_stopping(values, options, epochs):
+    state = fit(scripted(values), early_stopping("score", **options), epochs=8)
+    assert state.step == epochs
+
+
+def test_a_resumed_run_is_as_patient_as_one_that_did_not_end(tmp_path):
+    callbacks = [scripted([3, 2, 2, 2, 2, 2, 2, 2]), early_stopping("score", patience=3)]
+    assert fit(*callbacks, epochs=8).step == 6
+    assert fit(*callbacks, epochs=4, checkpoint=tmp_path / "run").step == 4
+    assert fit(*callbacks, epochs=8, checkpoint=tmp_path / "run", resume=True).step == 6
+
+
+def test_early_stopping_errors():
+    with pytest.raises(ValueError, match="patience=-1; it must be 0 or more"):
+        early_stopping("loss", patience=-1)
+    with pytest.raises(ValueError, match="mode='least'; it must be 'min' or 'max'"):
+        early_stopping("loss", patience=1, mode="least")
+    with pytest.raises(ValueError, match=r"no 'val_loss' in the record, which has 'step', 'epoch'"):
+        fit(early_stopping("val_loss", patience=1))
+
+
+def test_jsonl_holds_the_history_once(tmp_path):
+    path = tmp_path / "logs/log.jsonl"
+    read = lambda: [json.loads(line) for line in path.read_text().splitlines()]
+    state = fit(write_jsonl(path), epochs=3, checkpoint=tmp_path / "run")
+    assert read() == list(state.history)
+    with path.open("a") as file:  # as after a kill between the file and the checkpoint
+        file.write('{"step": 4}\n{"st')
+    state = fit(write_jsonl(path), epochs=5, checkpoint=tmp_path / "run", resume=True)
+    assert read() == list(state.history) and len(read()) == 5
+    assert [p.name for p in path.parent.iterdir()] == ["log.jsonl"]
+
+
+def test_tensorboard(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboardX")
+    fit(write_tensorboard(tmp_path / "logs"))
+    (file,) = (tmp_path / "logs").iterdir()
+    assert b"rows_per_s" in file.read_bytes()
+    monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'jaxgrad\[tensorboard\]'"):
+        write_tensorboard(tmp_path)
+
+
+def test_the_plot_has_losses_and_the_rest_apart(tmp_path):
+    history = [
+        {"step": i, "epoch": 0, "loss": 1 / (i + 1), "test_loss": 2.0, "accuracy": i / 9}
+        for i in range(9)
+    ]
+    figure = plot_history(history, tmp_path / "plot.png")
+    assert [[line.get_label() for line in axes.lines] for axes in figure.axes] == [
+        ["loss", "test_loss"],
+        ["accuracy"],
+    ]
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot_history([])
+
+
+# What is composed into the optimizer or the loss instead.
+
+
+def test_the_average_is_that_of_pytorchs_formula():
+    tx = jg.param_groups({"w": optax.chain(optax.sgd(0.1), jg.params_ema(0.8))})
+    params = {"w": jnp.array([1.0, 2.0]), "frozen": jnp.ones(2)}
+    trainable, _ = jg.partition(params, "w")
+    state = tx.init(trainable)
+    seen = []
+    for i in range(5):
+        grads = {"w": jnp.array([1.0, -1.0]) * i, "frozen": None}
+        updates, state = tx.update(grads, state, jg.partition(params, "w")[0])
+        params = jg.apply_updates(params, updates)
+        seen.append(np.asarray(params["w"]))
+    weights = 0.8 ** np.arange(5)[::-1]
+    expected = (np.array(seen) * weights[:, None]).sum(0) / weights.sum()
+    averaged = jg.averaged_params(params, state)
+    np.testing.assert_allclose(averaged["w"], expected, rtol=1e-6)
+    assert averaged["frozen"] is params["frozen"]
+    assert len(jax.tree.leaves(state)) == 2
+
+
+def test_averages_of_several_groups_meet():
+    group = lambda rate: optax.chain(optax.sgd(rate), jg.params_ema(0.0))
+    tx = jg.param_groups({"a": group(1.0), "b": group(2.0)})
+    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    state = tx.init(params)
+    updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+    new = jg.apply_updates(params, updates)
+    jax.tree.map(np.testing.assert_array_equal, jg.averaged_params(params, state), new)
+
+
+def test_average_errors():
+    with pytest.raises(ValueError, match=r"decay=1\.0; it must be from 0 to below 1"):
+        jg.params_ema(1.0)
+    tx = jg.params_ema(0.9)
+    with pytest.raises(jg.UpdateError, match="averages parameters"):
+        tx.update(jnp.ones(1), tx.init(jnp.ones(1)))
+    with pytest.raises(jg.UpdateError, match="no average in this state"):
+        jg.averaged_params(jnp.ones(1), optax.sgd(1.0).init(jnp.ones(1)))
+
+
+def test_mixed_precision_computes_in_half_and_keeps_masters_in_full():
+    seen = {}
+
+    def loss(params, batch, key=None):
+        seen.update(w=params["w"].dtype, x=batch["x"].dtype, i=batch["i"].dtype)
+        h = batch["x"] @ params["trunk"] @ params["w"]
+        return (h**2).mean()
+
+    params = {"w": jnp.full((4, 2), 1 / 3), "trunk": jnp.eye(4)}
+    dataset = {"x": jnp.ones((8, 4)), "i": jnp.arange(8)}
+    half = jg.mixed_precision(loss)
+    state = jg.fit(half, params, dataset, jg.param_groups({"w": optax.sgd(1e-4)}), batch_size=4)
+    assert seen == {"w": jnp.bfloat16, "x": jnp.bfloat16, "i": jnp.int32}
+    assert state.params["w"].dtype == jnp.float32 and state.losses.dtype == np.float32
+    moved = np.asarray(state.params["w"] - params["w"])
+    assert (moved != 0).all() and (np.abs(moved) < 2**-9).all()  # less than bfloat16 could hold
+    with pytest.raises(ValueError, match="dtype='int8'; it must be a floating-point dtype"):
+        jg.mixed_precision(loss, "int8")
