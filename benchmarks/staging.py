@@ -49,11 +49,11 @@ class Task(NamedTuple):
 
 TASKS = {
     "MLP, head": Task(lambda: MLP(rngs=nnx.Rngs(0)), "mlp", 16384, 256, ["head/**"]),
-    "CNN, head": Task(lambda: CNN(rngs=nnx.Rngs(0)), "cnn", 2048, 256, ["head/**"]),
+    "CNN, head": Task(lambda: CNN(rngs=nnx.Rngs(0)), "cnn", 8192, 256, ["head/**"]),
     "ViT, last 2 of 12": Task(
         lambda: ViT(width=128, heads=4, rngs=nnx.Rngs(0)),
         "vit",
-        512,
+        2048,
         64,
         ["layers/10/**", "layers/11/**", "norm/**", "head/**"],
     ),
