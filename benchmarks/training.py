@@ -1,0 +1,127 @@
+"""What `fit` adds to a step: checkpoints, rows, parameters, devices.
+
+    python -m benchmarks.training stall      # a save every 100 steps against none
+    python -m benchmarks.training cost       # a step against rows, parameters and devices
+
+Ratios within one run: the variants take turns, and the median counts. The devices of `cost` are
+virtual ones on this machine's cores, so they share its speed: what shows is the overhead.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+
+VIRTUAL = "--xla_force_host_platform_device_count"
+
+
+def problem(width: int, rows: int):
+    """A regression by an MLP of two square layers, and its data."""
+    import jax
+    import numpy as np
+
+    draw = np.random.default_rng(0)
+    params = {
+        "trunk": draw.normal(size=(width, width)).astype(np.float32) / width**0.5,
+        "head": draw.normal(size=(width, width)).astype(np.float32) / width**0.5,
+    }
+    data = {"x": draw.normal(size=(rows, width)).astype(np.float32)}
+
+    def loss(params, batch):
+        h = jax.numpy.tanh(batch["x"] @ params["trunk"])
+        return ((h @ params["head"] - batch["x"]) ** 2).mean()
+
+    return loss, params, data
+
+
+def seconds_per_step(width: int, batch: int, steps: int, **options) -> float:
+    """The median over chunks of 100 steps, the first (which compiles) left out."""
+    import optax
+
+    import jaxgrad as jg
+
+    loss, params, data = problem(width, 10 * batch)
+    clock: list[float] = []
+    jg.fit(
+        loss,
+        params,
+        data,
+        optax.sgd(1e-3, momentum=0.9),
+        epochs=steps // 10,
+        batch_size=batch,
+        every=10,
+        callbacks=[lambda state: clock.append(time.perf_counter())],
+        progress=False,
+        **options,
+    )
+    hundreds = clock[::10]
+    return statistics.median(b - a for a, b in pairwise(hundreds[1:])) / 100
+
+
+def stall(repeats: int) -> None:
+    """How much longer 100 steps take with a save in them."""
+    import jaxgrad as jg
+
+    print("width  params   ms/step   with a save per 100 steps")
+    for width in (512, 1024):
+        plain, saved = [], []
+        for _ in range(repeats):
+            plain.append(seconds_per_step(width, 256, 600))
+            with tempfile.TemporaryDirectory() as folder:
+                run = jg.Checkpoints(folder, every=10)
+                saved.append(seconds_per_step(width, 256, 600, checkpoint=run))
+        a, b = statistics.median(plain), statistics.median(saved)
+        print(f"{width:5}  {2 * width**2:9,}{a * 1e3:8.2f}   {b / a - 1:+.1%}")
+
+
+def cost() -> None:
+    """Milliseconds per step as rows, parameters or devices grow."""
+    print("width  rows a step  devices  sharding   ms/step")
+    for width, batch in ((256, 256), (256, 1024), (512, 256), (1024, 256)):
+        print(f"{width:5}{batch:13}{1:9}  {'none':8}{_elsewhere(width, batch, 1, ''):10.2f}")
+    for devices in (1, 2, 8):
+        for sharding in ("data", "fsdp"):
+            ms = _elsewhere(512, 1024, devices, sharding)
+            print(f"{512:5}{1024:13}{devices:9}  {sharding:8}{ms:10.2f}")
+
+
+def _elsewhere(width: int, batch: int, devices: int, sharding: str) -> float:
+    """The measurement in a process of its own, which has so many devices."""
+    command = [sys.executable, "-m", "benchmarks.training", "one"]
+    command += [str(width), str(batch), str(devices), sharding]
+    environment = {**os.environ, "XLA_FLAGS": f"{VIRTUAL}={devices}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def one(width: int, batch: int, devices: int, sharding: str) -> None:
+    import jax
+
+    options = {}
+    if sharding:
+        auto = (jax.sharding.AxisType.Auto,)
+        options = {"mesh": jax.make_mesh((devices,), ("data",), auto), "sharding": sharding}
+    print(seconds_per_step(width, batch, 600, **options) * 1e3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["stall", "cost", "one"])
+    parser.add_argument("options", nargs="*")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    if args.what == "stall":
+        stall(args.repeats)
+    elif args.what == "cost":
+        cost()
+    else:
+        width, batch, devices, *sharding = args.options
+        one(int(width), int(batch), int(devices), sharding[0] if sharding else "")
+
+
+if __name__ == "__main__":
+    main()
