@@ -10,6 +10,7 @@ from jaxgrad._ema import averaged_params, params_ema
 from jaxgrad._functional import Apply, functional
 from jaxgrad._graph import Equation, Graph, trace
 from jaxgrad._hook import HookError, hook
+from jaxgrad._layers import split_layers
 from jaxgrad._nonfinite import NonFinite, find_nonfinite
 from jaxgrad._optim import Assignment, ParamGroups, UpdateError, apply_updates, param_groups
 from jaxgrad._per_example import grad_norms, per_example_grads
@@ -73,6 +74,7 @@ __all__ = [
     "per_example_grads",
     "save",
     "select",
+    "split_layers",
     "stage",
     "stop_gradient",
     "tap",

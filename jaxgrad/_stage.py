@@ -45,6 +45,10 @@ def stage(
 ) -> "Staged":
     """Splits a loss into a frozen part, to be run once, and the rest, to be run in each step.
 
+    What is staged can be staged again, which is how to unfreeze layer by layer: stage the widest
+    selection first, then `stage(staged.loss, trainable, features[:rows], wrt=narrower)` and prepare
+    from the features. No frozen layer runs more than once per example, over all phases.
+
     Args:
         loss: a pure function `loss(params, batch, *vary)` that returns a scalar, or any tree of
             arrays (a scalar and auxiliary values).
@@ -85,7 +89,7 @@ def stage(
     flat = flatten(params)
     select(params, wrt)  # for its errors
     rows = _rows(batch)
-    source = Loss(loss, flat, match(flat, wrt), batch, vary)
+    source = Loss(loss, flat, match(flat, wrt), _bare(batch), vary)
     # With one row, what is summed over the batch looks like what is not.
     plan = _Plan(source, split(source, max(rows, 2)))
     return Staged(plan.fold(), plan)
@@ -274,7 +278,7 @@ class _Plan:
 
     def check_dataset(self, dataset: PyTree) -> tuple[list[Any], int]:
         source = self.source
-        leaves, tree = jax.tree.flatten(dataset)
+        leaves, tree = jax.tree.flatten(_bare(dataset))
         if tree != source.batch_tree:
             raise StageError(
                 f"the dataset is {tree}, and the batch that was staged {source.batch_tree}. Both "
@@ -289,6 +293,11 @@ class _Plan:
                     f"batch that was staged has {spec.dtype}{list(spec.shape[1:])}."
                 )
         return leaves, total
+
+
+def _bare(batch: PyTree) -> PyTree:
+    """Features as a batch: where they came from does not matter."""
+    return dataclasses.replace(batch, stats=None) if isinstance(batch, Features) else batch
 
 
 def _arrays(var: jex.Var, encoding: str | None) -> int:

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxgrad as jg
@@ -333,3 +334,41 @@ def test_networkx_and_rich_are_not_imported_before_they_are_needed():
     code = "import sys, jaxgrad; print([m for m in ('networkx', 'rich') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# Phases of a fine-tune that train more and more.
+
+
+def test_what_is_staged_is_staged_again():
+    loss, params, data, _ = CASES["MLP, head"]()
+    wide, narrow = "!a/**", "c/**"
+    first = jg.stage(loss, params, batch_of(data, slice(6)), wide)
+    features = first.prepare(data)
+    trainable, _ = jg.partition(params, wide)
+    second = jg.stage(first.loss, trainable, features[:6], narrow)
+    head, _ = jg.partition(trainable, narrow)
+    again = second.prepare(features)
+    rows = slice(2, 7)
+    close(second.loss(head, again[rows]), loss(params, batch_of(data, rows)), 1e-5)
+    assert second.report().staged
+    # The second phase does not run the first layer again: its weights are not there.
+    assert not any(leaf.shape == params["a"]["w"].shape for leaf in jax.tree.leaves(second))
+
+
+@pytest.mark.parametrize("stage", [True, False])
+def test_fit_in_phases_from_one_preparation(monkeypatch, stage):
+    monkeypatch.setattr("jaxgrad._report._COMPILATION", 0.0)
+    monkeypatch.setattr("jaxgrad._report._STEP", 0.0)
+    loss, params, data, _ = CASES["MLP, head"]()
+    wide = "!a/**"
+    trainable, frozen = jg.partition(params, wide)
+    staged = jg.stage(loss, params, batch_of(data, slice(5)), wide)
+    features = staged.prepare(data)
+    tx, options = optax.sgd(0.1), {"batch_size": 5, "epochs": 8}
+    head = jg.fit(staged.loss, trainable, features, tx, wrt="c/**", stage=stage, **options)
+    assert ("runs once per row" in head.staging) == stage
+    more = jg.fit(staged.loss, head.params, features, tx, **options)
+    expected = jg.fit(loss, params, data, tx, wrt="c/**", stage=False, **options)
+    expected = jg.fit(loss, expected.params, data, tx, wrt=wide, stage=False, **options)
+    close(more.losses, expected.losses, 1e-4)
+    close(jg.merge(more.params, frozen), expected.params, 1e-4)
