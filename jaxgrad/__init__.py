@@ -3,11 +3,15 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from jaxgrad._audit import Audit, audit
 from jaxgrad._autograd import GradientError, backward, grad, stop_gradient, value_and_grad
+from jaxgrad._bits import LeakError, assert_frozen
 from jaxgrad._checkpoint import CheckpointError, CheckpointInfo, inspect, load, save
 from jaxgrad._functional import Apply, functional
 from jaxgrad._graph import Equation, Graph, trace
+from jaxgrad._leaks import Leak
 from jaxgrad._optim import Assignment, ParamGroups, UpdateError, apply_updates, param_groups
+from jaxgrad._recipe import AuditError
 from jaxgrad._select import MergeError, SelectionError, Wrt, merge, partition, paths, select
 from jaxgrad._stage import Staged, StageError, stage
 from jaxgrad._train import NonFiniteLossError, StopTraining, TrainState, fit
@@ -18,11 +22,15 @@ if TYPE_CHECKING:
 __all__ = [
     "Apply",
     "Assignment",
+    "Audit",
+    "AuditError",
     "CheckpointError",
     "CheckpointInfo",
     "Equation",
     "GradientError",
     "Graph",
+    "Leak",
+    "LeakError",
     "MergeError",
     "NonFiniteLossError",
     "ParamGroups",
@@ -34,6 +42,8 @@ __all__ = [
     "UpdateError",
     "Wrt",
     "apply_updates",
+    "assert_frozen",
+    "audit",
     "backward",
     "data",
     "fit",

@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         import tyro
 
+        from jaxgrad.cli.audit import Audit
         from jaxgrad.cli.convert import Convert
         from jaxgrad.cli.finetune import Finetune
         from jaxgrad.cli.inspect import Inspect
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "predict": Predict,
         "inspect": Inspect,
         "convert": Convert,
+        "audit": Audit,
     }
     command = tyro.extras.subcommand_cli_from_dict(
         commands, prog="jaxgrad", description=_DESCRIPTION, args=argv

@@ -76,7 +76,7 @@ class Finetune:
             console.print(f"Predictions on noise: {' '.join(map(str, seen))}")
 
         sgd = optax.sgd(self.learning_rate, momentum=self.momentum)
-        tx = jg.param_groups([(list(self.train or [_last_layer(model)]), sgd)])
+        tx = jg.param_groups([(list(self.train or [last_layer(model)]), sgd)])
         assignment = tx.assign(model.params)
         (trained,) = assignment.groups.values()
         leaves = dict(zip(jg.paths(model.params), jax.tree.leaves(model.params), strict=True))
@@ -114,7 +114,7 @@ class Finetune:
         console.print(f"Saved in {self.out}")
 
 
-def _last_layer(model: Classifier) -> str:
+def last_layer(model: Classifier) -> str:
     """The pattern of our models' head, or of the last layer of another's that has parameters."""
     if model.config["model"] == "mlp":
         return "head/**"
