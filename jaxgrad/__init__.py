@@ -11,6 +11,7 @@ from jaxgrad._functional import Apply, functional
 from jaxgrad._graph import Equation, Graph, trace
 from jaxgrad._leaks import Leak
 from jaxgrad._optim import Assignment, ParamGroups, UpdateError, apply_updates, param_groups
+from jaxgrad._picture import Picture, graph
 from jaxgrad._recipe import AuditError
 from jaxgrad._select import MergeError, SelectionError, Wrt, merge, partition, paths, select
 from jaxgrad._stage import Staged, StageError, stage
@@ -34,6 +35,7 @@ __all__ = [
     "MergeError",
     "NonFiniteLossError",
     "ParamGroups",
+    "Picture",
     "SelectionError",
     "StageError",
     "Staged",
@@ -49,6 +51,7 @@ __all__ = [
     "fit",
     "functional",
     "grad",
+    "graph",
     "inspect",
     "load",
     "merge",
