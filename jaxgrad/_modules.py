@@ -69,10 +69,9 @@ def modules(jaxpr: jex.Jaxpr, params: Mapping[jex.Var, str], depth: int | None) 
             known.update(dict.fromkeys(eqn.outvars, found[0]))
         whole = scope[len(outer) :] or next(filter(None, found), ())
         named = whole[:depth]
-        calls = [] if scope else frames(eqn)
-        anchors.append(
-            Anchor("/".join(named), _call(calls, len(whole) - len(named))) if named else None
-        )
+        stack = () if scope else frames(eqn)
+        call = _call(stack, len(whole) - len(named))
+        anchors.append(Anchor("/".join(named), call, stack) if named else None)
     return _filled(anchors, [frames(eqn) for eqn in jaxpr.eqns])
 
 
@@ -82,10 +81,12 @@ class Anchor(NamedTuple):
     Attributes:
         module: the module.
         call: the call stack down to the module's own `__call__`, where it has one.
+        stack: the whole call stack.
     """
 
     module: str
     call: tuple[Frame, ...]
+    stack: tuple[Frame, ...]
 
 
 def _call(stack: Sequence[Frame], below: int) -> tuple[Frame, ...]:
@@ -94,14 +95,17 @@ def _call(stack: Sequence[Frame], below: int) -> tuple[Frame, ...]:
     return tuple(stack[: calls[-1 - below] + 1]) if len(calls) > below else ()
 
 
-def _inside(stack: Sequence[Frame], call: Sequence[Frame]) -> int:
-    """How many frames an equation has in common with a call, if it is in that call, else 0."""
-    n = len(call)
-    if not n or len(stack) < n or tuple(stack[: n - 1]) != tuple(call[:-1]):
+def _nearness(stack: Sequence[Frame], anchor: Anchor) -> int:
+    """How far an equation shares the calls of an anchor, if it is in its module, else 0."""
+    n = len(anchor.call)
+    if not n or len(stack) < n or tuple(stack[: n - 1]) != anchor.call[:-1]:
         return 0
-    if stack[n - 1]._replace(line=0) != call[-1]._replace(line=0):
+    if stack[n - 1]._replace(line=0) != anchor.call[-1]._replace(line=0):
         return 0
-    return n + (stack[n - 1] == call[-1])
+    pairs = list(zip(stack, anchor.stack, strict=False))
+    same = len(list(itertools.takewhile(lambda p: p[0] == p[1], pairs)))
+    # Another line of the same function is nearer than another function.
+    return 1 + 2 * same + any(a.function == b.function for a, b in pairs[same : same + 1])
 
 
 def _scope(eqn: jex.JaxprEqn) -> tuple[str, ...]:
@@ -130,9 +134,10 @@ def _filled(
             filled[gap.start : gap.stop] = [ends[0].module] * len(gap)
             continue
         for k in gap:
-            # A block's last lines and the next block's first ones are in calls that look alike
-            # but for their lines.
-            best = max(ends, key=lambda a: _inside(stacks[k], a.call), default=None)
-            if best and _inside(stacks[k], best.call):
+            # A block's last lines and the next block's first ones are in calls that look alike:
+            # the deeper one counts, and the earlier one where they are as deep.
+            best = max(ends, key=lambda a: _nearness(stacks[k], a), default=None)
+            if best and _nearness(stacks[k], best):
                 filled[k] = best.module
+                ends = ends[ends.index(best) :]
     return filled
