@@ -3,7 +3,9 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from jaxgrad._audit import Audit, audit
 from jaxgrad._autograd import GradientError, backward, grad, stop_gradient, value_and_grad
+from jaxgrad._bits import LeakError, assert_frozen
 from jaxgrad._check_grads import GradCheck, check_grads
 from jaxgrad._checkpoint import CheckpointInfo, inspect, load, save
 from jaxgrad._ema import averaged_params, params_ema
@@ -11,10 +13,13 @@ from jaxgrad._functional import Apply, functional
 from jaxgrad._graph import Equation, Graph, trace
 from jaxgrad._hook import HookError, hook
 from jaxgrad._layers import split_layers
+from jaxgrad._leaks import Leak
 from jaxgrad._nonfinite import NonFinite, find_nonfinite
 from jaxgrad._optim import Assignment, ParamGroups, UpdateError, apply_updates, param_groups
 from jaxgrad._per_example import grad_norms, per_example_grads
+from jaxgrad._picture import Picture, graph
 from jaxgrad._precision import mixed_precision
+from jaxgrad._recipe import AuditError
 from jaxgrad._runs import Checkpoints
 from jaxgrad._select import MergeError, SelectionError, Wrt, merge, partition, paths, select
 from jaxgrad._signals import Interrupted
@@ -29,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Apply",
     "Assignment",
+    "Audit",
+    "AuditError",
     "CheckpointError",
     "CheckpointInfo",
     "Checkpoints",
@@ -38,10 +45,13 @@ __all__ = [
     "Graph",
     "HookError",
     "Interrupted",
+    "Leak",
+    "LeakError",
     "MergeError",
     "NonFinite",
     "NonFiniteLossError",
     "ParamGroups",
+    "Picture",
     "SelectionError",
     "StageError",
     "Staged",
@@ -51,6 +61,8 @@ __all__ = [
     "UpdateError",
     "Wrt",
     "apply_updates",
+    "assert_frozen",
+    "audit",
     "averaged_params",
     "backward",
     "callbacks",
@@ -61,6 +73,7 @@ __all__ = [
     "functional",
     "grad",
     "grad_norms",
+    "graph",
     "hook",
     "inspect",
     "load",

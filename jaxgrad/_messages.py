@@ -38,7 +38,7 @@ def size(n: float) -> str:
 
 def count(items: Sequence[Any], noun: str, *, verb: bool = True) -> str:
     """`1 leaf is`, `3 leaves are`."""
-    plural = {"leaf": "leaves"}.get(noun, noun + "s")
+    plural = noun[:-1] + "ves" if noun.endswith("leaf") else noun + "s"
     words = f"{len(items)} {noun if len(items) == 1 else plural}"
     return words + (" is" if len(items) == 1 else " are") * verb
 

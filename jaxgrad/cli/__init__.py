@@ -41,8 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         import tyro
 
+        from jaxgrad.cli.audit import Audit
         from jaxgrad.cli.convert import Convert
         from jaxgrad.cli.finetune import Finetune
+        from jaxgrad.cli.graph import Graph
         from jaxgrad.cli.inspect import Inspect
         from jaxgrad.cli.predict import Predict
         from jaxgrad.cli.pretrain import Pretrain
@@ -54,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "predict": Predict,
         "inspect": Inspect,
         "convert": Convert,
+        "audit": Audit,
+        "graph": Graph,
     }
     command = tyro.extras.subcommand_cli_from_dict(
         commands, prog="jaxgrad", description=_DESCRIPTION, args=argv

@@ -64,7 +64,7 @@ class Finetune(Training):
             seen = model.predict(model.params, data.noise(12, seed=self.seed)["image"]).argmax(1)
             console.print(f"Predictions on noise: {' '.join(map(str, seen))}")
 
-        wrt = list(self.train or [_last_layer(model)])
+        wrt = list(self.train or [last_layer(model)])
         trained = jg.paths(jg.partition(model.params, wrt)[0])
         leaves = dict(zip(jg.paths(model.params), jax.tree.leaves(model.params), strict=True))
         console.print(table(str(source), leaves, trained))
@@ -96,7 +96,7 @@ class Finetune(Training):
         console.print(f"Saved in {self.out}")
 
 
-def _last_layer(model: Classifier) -> str:
+def last_layer(model: Classifier) -> str:
     """The pattern of our models' head, or of the last layer of another's that has parameters."""
     if model.config["model"] == "mlp":
         return "head/**"

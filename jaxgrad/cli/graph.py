@@ -1,0 +1,53 @@
+"""`jaxgrad graph`: a picture of a model and of what is trained."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import numpy as np
+import tyro
+
+import jaxgrad as jg
+from jaxgrad.cli._classifier import Classifier
+from jaxgrad.cli.finetune import last_layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """Draw a model's loss: its parameters and operations, what is trained, and what is frozen.
+
+    The value that a staged fine-tune stores, where the frozen part ends, is marked.
+    """
+
+    source: Annotated[Path, tyro.conf.arg(name="from", metavar="PATH")] = Path("runs/pretrained")
+    """The model, as `jaxgrad finetune --from` takes it."""
+    out: Path = Path("graph.svg")
+    """Where to write: .svg, .png, .dot (Graphviz) or .mmd (Mermaid)."""
+    train: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATTERN ...")] = ()
+    """Patterns of the parameters to train; "!pattern" excludes. By default the last layer."""
+    forward: Annotated[tuple[str, ...], tyro.conf.arg(metavar="STEP ...")] = ()
+    """How the layers of a PyTorch file run, where that can't be known."""
+    depth: int | None = None
+    """Draw modules to this depth as a box each, or operations: 0. By default what is readable."""
+    batch_size: int = 64
+    """Rows of the batch that is drawn."""
+
+    def run(self) -> None:
+        """Traces, draws and writes."""
+        from rich.console import Console
+
+        model = Classifier.load(self.source, self.forward)
+        batch = {
+            "image": jax.ShapeDtypeStruct((self.batch_size, *model.shape), np.float32),
+            "label": jax.ShapeDtypeStruct((self.batch_size,), np.int32),
+        }
+        wrt = list(self.train or [last_layer(model)])
+        picture = jg.graph(model.loss, model.params, batch, wrt=wrt, depth=self.depth)
+        picture.save(self.out)
+        Console(soft_wrap=True).print(
+            f"Wrote {self.out}: {len(picture.diagram.nodes)} nodes, "
+            f"{len(picture.diagram.edges)} edges",
+            markup=False,
+            highlight=False,
+        )
