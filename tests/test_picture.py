@@ -188,9 +188,8 @@ def test_without_a_batch_there_is_no_crossing():
     params = {"a": jnp.ones((50, 3)), "b": jnp.ones(3)}
     loss = lambda p, x: (jnp.tanh(x @ p["a"]) @ p["b"]).sum()
     assert any(e.staged for e in jg.graph(loss, params, jnp.ones((4, 50)), wrt="b").diagram.edges)
-    for x in (jnp.ones(50), jnp.ones((1, 50))):
-        picture = jg.graph(loss, params, x, wrt="b")
-        assert not [e for e in picture.diagram.edges if e.staged] or x.ndim == 1
+    one_row = jg.graph(loss, params, jnp.ones((1, 50)), wrt="b")
+    assert not any(e.staged for e in one_row.diagram.edges)
     assert not jg.graph(lambda p: p["b"].sum(), params, wrt="b").notes.get("staged")
 
 
