@@ -426,7 +426,8 @@ def _non_finite(call: _Call, bad: int, values: jax.Array, log: _Log) -> str:
     return (
         f"{what} {values[bad]} at step {log.step + log.in_a_row - 1} (epoch {call.epoch + 1}, rows "
         f"{shown} of the dataset){streak}.{before} Look at these rows, lower the learning rate, or "
-        "clip the gradients (optax.clip_by_global_norm). The state before it is in .state."
+        "clip the gradients (optax.clip_by_global_norm). The state before it is in .state: "
+        "jaxgrad.find_nonfinite(loss, error.state.params, batch) names the operation."
     )
 
 
