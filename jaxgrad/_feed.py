@@ -72,7 +72,7 @@ def _gather(place: OnMesh, dataset: PyTree, batches: np.ndarray) -> PyTree:
         shape = (*batches.shape, *x.shape[1:])
         dtype = jax.dtypes.canonicalize_dtype(x.dtype)
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             return np.asarray(x[batches[index[:2]]], dtype)
 
         return jax.make_array_from_callback(shape, sharding, part)

@@ -187,6 +187,7 @@ def fit(
     place = placement(mesh, sharding, params, batch_size)
     wrt = _wrt_of(tx, params) if wrt is None else wrt
     shuffle, noise = (None, None) if key is None else jax.random.split(key)
+    noise = place.put(noise)
     extra = {"key": noise} if _takes_key(loss, key) else {}
     settings = {"rows": rows, "batch_size": batch_size, "key": _key_data(key)}
 
