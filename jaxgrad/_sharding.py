@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxgrad._messages import spec
 from jaxgrad._select import PyTree, SelectionError, flatten, is_array, is_key, match
@@ -62,12 +62,17 @@ class OnMesh:
 
     Raises:
         SelectionError: a pattern of the rules matches no leaf.
-        ValueError: a rule does not fit the mesh or the shape of a leaf.
+        ValueError: a rule does not fit the mesh or the shape of a leaf, or Explicit axes are set.
     """
 
     def __init__(self, mesh: Mesh, sharding: Rules, params: PyTree) -> None:
         # On Explicit axes the code of the model would have to name them; on Auto ones it runs as
         # it is written.
+        if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+            raise ValueError(
+                "jax.set_mesh has set a mesh with Explicit axes, under which models do not run as "
+                "they are written. Call fit outside of it; the mesh that fit is given may be that."
+            )
         self.mesh = Mesh(mesh.devices, mesh.axis_names)
         self.axis = "data" if "data" in mesh.axis_names else mesh.axis_names[0]
         self.ways = mesh.shape[self.axis]

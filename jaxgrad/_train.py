@@ -134,7 +134,7 @@ def fit(
         skip_nonfinite: how many steps in a row may have a loss or a gradient that is infinite or
             no number. They change nothing; one more raises.
         mesh: the devices to train on, also those of several processes, which then all call `fit`
-            alike. The axis named "data", or the first, splits the rows of each step, whose order
+            alike, and each its callbacks. The axis named "data", or the first, splits the rows of each step, whose order
             and losses (to rounding) are those of one device.
         sharding: where the parameters and their optimizer state lie on the mesh: "data", whole on
             each device; "fsdp", split along their longest axis that divides; or patterns of paths
@@ -227,9 +227,9 @@ def fit(
                 run.save(_copied(tree), record)
 
         advance = stack.enter_context(_bar(epochs * rows, begun.step * batch_size, progress))
+        start = time.perf_counter()
         with contextlib.suppress(StopTraining):
             for call, data, batches in feed(place, plan.data, calls):
-                start = time.perf_counter()
                 carry, values, finite = take_steps(
                     carry, plan.held, data, batches, call.steps, noise, log.step
                 )
@@ -248,6 +248,7 @@ def fit(
                     save()
                 if stop:
                     raise _interrupted(run, stop, state(carry))
+                start = time.perf_counter()  # the wait for rows counts, callbacks and saves don't
         save()
     return state(carry)
 

@@ -116,6 +116,11 @@ def test_one_axis_for_rows_and_one_for_parameters():
 def test_explicit_axes_are_taken_as_automatic():
     explicit = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     close(run(mesh=explicit, sharding="fsdp"), on_one())
+    with (
+        jax.set_mesh(explicit),
+        pytest.raises(ValueError, match="a mesh with Explicit axes, under which"),
+    ):
+        run(mesh=explicit)
 
 
 @pytest.mark.parametrize("sharding", ["data", "fsdp"])
