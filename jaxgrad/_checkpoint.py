@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import jax
 
 from jaxgrad import _runs
+from jaxgrad._processes import barrier, from_first, is_first
 from jaxgrad._select import PyTree, Wrt, flatten, is_array, match, partition, paths
 from jaxgrad._store import (
     CheckpointError,
@@ -56,6 +57,8 @@ def save(
 ) -> None:
     """Saves parameters as an Orbax checkpoint, whole or not at all.
 
+    Of several processes (`jax.distributed`) all call it, and the first renames what is complete.
+
     Args:
         path: the directory to make.
         params: any pytree with named leaves; its arrays, numbers and PRNG keys are saved in their
@@ -94,12 +97,15 @@ def save(
     except (TypeError, ValueError) as e:
         raise CheckpointError(f"config holds what JSON can't: {e}. {config!r}") from e
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new-{os.getpid()}")
+    new = path.with_name(f".{path.name}.new-{from_first(os.getpid())}")
     try:
         ocp.save(str(new), nest(arrays), custom_metadata=record)
-        _replace(new, path)
+        if is_first():
+            _replace(new, path)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        if is_first():
+            shutil.rmtree(new, ignore_errors=True)
+    barrier("saved")
 
 
 def load(path: str | PathLike[str], into: T, *, only: Wrt | None = None) -> T:

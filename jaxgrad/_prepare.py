@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxgrad import _features
 from jaxgrad._classify import whence
@@ -36,23 +37,39 @@ class Frozen:
         values: the values of its frozen inputs.
         dataset: the parts of the dataset, as the batch has them.
         encoding: how to store floating point features.
+        sharding: how the rows of a chunk lie on the mesh that the values are on.
     """
 
     def __init__(
-        self, split: Split, values: Sequence[Any], dataset: Sequence[Any], encoding: str | None
+        self,
+        split: Split,
+        values: Sequence[Any],
+        dataset: Sequence[Any],
+        encoding: str | None,
+        sharding: NamedSharding | None = None,
     ) -> None:
         self.split, self.values, self.dataset = split, values, dataset
         self.jaxpr = split.features()
         self.encoding = encoding
         self.error = np.zeros(2)
-        self.run = jax.jit(jex.jaxpr_as_fun(jex.ClosedJaxpr(self.jaxpr, [])))
-        self.store = jax.jit(functools.partial(_store, split, encoding))
+        self.sharding = sharding
+        # Each process of several needs all features: any row may be in its part of a later step.
+        everywhere = sharding and NamedSharding(sharding.mesh, PartitionSpec())
+        features = jex.jaxpr_as_fun(jex.ClosedJaxpr(self.jaxpr, []))
+        self.features = jax.jit(features, out_shardings=everywhere)
+        self.store = jax.jit(functools.partial(_store, split, encoding), out_shardings=everywhere)
 
     def __call__(self, start: int) -> list[jax.Array]:
         """The arrays to store for the chunk that starts at this row."""
-        stored, error = self.store(self.run(*self.values, *self.chunk(start)))
+        stored, error = self.store(self.run(self.chunk(start)))
         self.error += np.asarray(error)
         return stored
+
+    def run(self, chunk: Sequence[Any]) -> list[jax.Array]:
+        """The frozen values of some rows."""
+        if self.sharding is not None:
+            chunk = [_laid(np.asarray(rows), self.sharding) for rows in chunk]
+        return self.features(*self.values, *chunk)
 
     def chunk(self, start: int) -> list[Any]:
         """The rows of the dataset that a chunk takes."""
@@ -75,7 +92,7 @@ class Frozen:
             return
         batch = self.chunk(0)
         moved = [np.concatenate([np.asarray(x)[-half:]] * 3)[: len(x)] for x in batch]
-        alone, among = (self.run(*self.values, *b) for b in (batch, moved))
+        alone, among = map(self.run, (batch, moved))
         for var, a, b in zip(self.split.computed, alone, among, strict=True):
             place = self.split.place(var)
             a, b = (np.asarray(place.rows_first(x)) for x in (a, b))
@@ -118,6 +135,10 @@ def _rows(leaf: Any, start: int, rows: int) -> Any:
     if isinstance(leaf, jax.Array):
         return jax.lax.dynamic_slice_in_dim(leaf, start, rows)  # one compilation for all chunks
     return np.asarray(leaf[start : start + rows])
+
+
+def _laid(rows: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
 
 
 def _close(a: np.ndarray, b: np.ndarray) -> bool:

@@ -24,7 +24,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxgrad._messages import listed, spec
+from jaxgrad._processes import barrier, from_first, greatest, is_first, several, whole
 from jaxgrad._select import PyTree
+from jaxgrad._sharding import ShardingOf, on_one_device
 from jaxgrad._store import CheckpointError, decode, encode, load_arrays, nest, read, shapes
 
 
@@ -81,9 +83,12 @@ class Saved(NamedTuple):
 class Run:
     """The directory of a run, open for saving; a context manager."""
 
-    def __init__(self, config: Checkpoints, resume: bool) -> None:
+    def __init__(
+        self, config: Checkpoints, resume: bool, sharding_of: ShardingOf = on_one_device
+    ) -> None:
         """Refuses a directory of something else, or of steps that nobody asked to resume."""
         self.config = config
+        self.sharding_of = sharding_of
         self.root = Path(config.directory).absolute()
         self._steps, self._frozen = self.root / "steps", self.root / "frozen"
         if self.root.exists() and not self.root.is_dir():
@@ -102,10 +107,12 @@ class Run:
         self._last = -1
 
     def __enter__(self) -> "Run":
-        self._steps.mkdir(parents=True, exist_ok=True)
-        for left in [*self._steps.iterdir(), *self.root.glob("frozen/*")]:
-            if not left.name.isalnum():  # by a kill: a part of a save or of a deletion
-                shutil.rmtree(left, ignore_errors=True)
+        if is_first():
+            self._steps.mkdir(parents=True, exist_ok=True)
+            for left in [*self._steps.iterdir(), *self.root.glob("frozen/*")]:
+                if not left.name.isalnum():  # by a kill: a part of a save or of a deletion
+                    shutil.rmtree(left, ignore_errors=True)
+        barrier("the run is open")
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -122,17 +129,22 @@ class Run:
 
     def newest(self) -> Saved | None:
         """The newest step that is whole; a damaged one is said, and passed over."""
-        for step in reversed(self.steps()):
+        for step in from_first(self.steps()[::-1]):
             path = self._steps / str(step)
+            saved, why = None, "another process can't read it"
             try:
                 saved = self._read(path)
             except Exception as e:  # Orbax and TensorStore report damage by many types
                 why = " ".join(str(e).split())[:200]
-                warnings.warn(
-                    f"step {step} of '{self.root}' is damaged and passed over: {why}", stacklevel=2
-                )
-                _delete(path)
+            if greatest(saved is None):
+                if is_first():
+                    warnings.warn(
+                        f"step {step} of '{self.root}' is damaged and passed over: {why}",
+                        stacklevel=2,
+                    )
+                    _delete(path)
                 continue
+            assert saved is not None
             self._last = step
             for record in saved.record["history"]:
                 self._rank(record)
@@ -146,7 +158,7 @@ class Run:
     def keep_frozen(self, frozen: PyTree) -> None:
         """Stores the frozen parameters, unless they are there: the steps refer to them."""
         self._digest = _digest(frozen)
-        if self._digest and not (self._frozen / self._digest).exists():
+        if self._digest and not from_first((self._frozen / self._digest).exists()):
             _write(self._frozen / self._digest, frozen, {})
 
     def save(self, state: PyTree, record: dict[str, Any]) -> None:
@@ -158,6 +170,8 @@ class Run:
             self._rank(entry)
         self._last = record["step"]
         self._pending = self._writer.submit(self._save, state, record)
+        if several():  # they meet in a save, and must not meet in a step meanwhile
+            self.wait()
 
     def wait(self) -> None:
         """Waits for what is being saved, and raises what went wrong with it."""
@@ -176,18 +190,19 @@ class Run:
 
     def _save(self, state: PyTree, record: dict[str, Any]) -> None:
         path = self._steps / str(record["step"])
-        if path.exists():
+        if is_first() and path.exists():
             _delete(path)
         about = {"frozen": self._digest, "config": dict(self.config.config)}
         _write(path, state, {**record, **about})
-        kept = self._kept()
-        for step in self.steps():
-            if step not in kept:
-                _delete(self._steps / str(step))
+        if is_first():
+            kept = self._kept()
+            for step in self.steps():
+                if step not in kept:
+                    _delete(self._steps / str(step))
 
     def _read(self, path: Path) -> Saved:
-        arrays, record = _restore(path)
-        params = _frozen_part(self.root, record) | _under("trained", arrays)
+        arrays, record = _restore(path, self.sharding_of)
+        params = _frozen_part(self.root, record, self.sharding_of) | _under("trained", arrays)
         losses = np.asarray(arrays["losses"])
         return Saved(params, _under("opt_state", arrays), losses, record)
 
@@ -223,8 +238,11 @@ def shapes_of(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return frozen | _under("trained", shapes(found, record)), record
 
 
-def _frozen_part(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    return _restore(path / "frozen" / record["frozen"])[0] if record["frozen"] else {}
+def _frozen_part(
+    path: Path, record: Mapping[str, Any], sharding_of: ShardingOf = on_one_device
+) -> dict[str, Any]:
+    digest = record["frozen"]
+    return _restore(path / "frozen" / digest, sharding_of)[0] if digest else {}
 
 
 def _newest(path: Path) -> Path:
@@ -246,13 +264,15 @@ def _write(path: Path, tree: PyTree, record: Mapping[str, Any]) -> None:
     from orbax.checkpoint import v1 as ocp
 
     arrays, kinds = encode(tree)
-    whole: Any = {**record, **kinds, "checksums": _checksums(arrays)}
+    full: Any = {**record, **kinds, "checksums": _checksums(arrays)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    ocp.save(str(path), nest(arrays), custom_metadata=whole)
+    ocp.save(str(path), nest(arrays), custom_metadata=full)
 
 
-def _restore(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    arrays, (_, record) = load_arrays(path), read(path)
+def _restore(
+    path: Path, sharding_of: ShardingOf = on_one_device
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    arrays, (_, record) = load_arrays(path, sharding_of), read(path)
     sums = _checksums(arrays)
     if damaged := [p for p, crc in record["checksums"].items() if sums.get(p) != crc]:
         raise CheckpointError(f"the checksum of {listed(map(repr, damaged))} is wrong")
@@ -264,7 +284,7 @@ def _checksums(arrays: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _bytes(x: Any) -> bytes:
-    return np.asarray(x).tobytes()
+    return whole(x).tobytes()
 
 
 def _digest(tree: PyTree) -> str:

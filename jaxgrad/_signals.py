@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from jaxgrad._processes import greatest
+
 
 class Interrupted(KeyboardInterrupt):
     """A signal ended a training run, which is saved; the message says how to continue it.
@@ -23,6 +25,12 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(message)
         self.state = state
         self.signal = signal
+
+
+def agreed(caught: list[signal.Signals]) -> signal.Signals | None:
+    """The signal that came to this process or another, so that all end at the same step."""
+    number = greatest(caught[0] if caught else 0)
+    return signal.Signals(number) if number else None
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
+from jax.sharding import NamedSharding
 
 from jaxgrad import _prepare
 from jaxgrad._classify import Misaligned
@@ -128,6 +129,7 @@ class Staged:
         budget_bytes: int | None = None,
         features_dtype: str | None = None,
         progress: bool = True,
+        sharding: NamedSharding | None = None,
     ) -> Features:
         """Runs the frozen part over a dataset, once.
 
@@ -141,6 +143,8 @@ class Staged:
             features_dtype: store floating point features as "bfloat16", or as "int8" with a scale
                 per example; `features.stats.error` says what that changed.
             progress: whether to show a progress bar where a terminal is looking.
+            sharding: how the rows of a chunk lie on the mesh that the parameters are on, to
+                compute them on all its devices; `where` is then "host" or a folder.
 
         Returns:
             The features; `features[rows]` are a batch of them. Parts of the batch that the steps
@@ -158,7 +162,7 @@ class Staged:
         plan = self.plan
         leaves, total = plan.check_dataset(dataset)
         cut = plan.at(min(plan.split.rows, total))
-        frozen = _prepare.Frozen(cut, plan.frozen_values(cut), leaves, features_dtype)
+        frozen = _prepare.Frozen(cut, plan.frozen_values(cut), leaves, features_dtype, sharding)
         values, stats = _prepare.prepare(frozen, total, where, budget_bytes, progress)
         stored, given = iter(values), dict(zip(cut.program.batch, leaves, strict=True))
         ordered: list[Any] = []

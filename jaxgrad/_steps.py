@@ -27,6 +27,7 @@ from jaxgrad._select import (
     partition,
     select,
 )
+from jaxgrad._sharding import OnMesh, Placement
 from jaxgrad._stage import Staged, StageError
 from jaxgrad._stage import stage as stage_loss
 
@@ -51,6 +52,7 @@ def make_plan(
     epochs: int,
     stage: bool | None,
     progress: bool,
+    place: Placement,
 ) -> Plan:
     """The plan of a training; `stage` is `None` for where it pays, else what to do if one can."""
     plan = _unstaged(loss, params, wrt, dataset)
@@ -59,7 +61,9 @@ def make_plan(
     batch = _abstract(dataset, min(batch_size, rows_of(dataset)))
     trainable, _ = partition(params, wrt)
     jax.eval_shape(plan.objective, trainable, plan.held, batch, **extra)  # for its errors
-    return _staged(plan, loss, params, wrt, dataset, batch, extra, epochs, stage is None, progress)
+    return _staged(
+        plan, loss, params, wrt, dataset, batch, extra, epochs, stage is None, progress, place
+    )
 
 
 def rows_of(dataset: PyTree) -> int:
@@ -100,6 +104,7 @@ def _staged(
     epochs: int,
     must_pay: bool,
     progress: bool,
+    place: Placement,
 ) -> Plan:
     """The plan with the frozen part run once, where that pays; else the one that there is."""
 
@@ -110,6 +115,7 @@ def _staged(
         of_trainable = value_and_grad(lambda t: staged.loss(t, features, *extra.values()))
         return of_trainable(trainable)
 
+    on_mesh = isinstance(place, OnMesh)  # rows come from the host there
     try:
         staged = stage_loss(positional, params, batch, wrt, vary=tuple(extra.values()))
         report, rows = staged.report(), rows_of(dataset)
@@ -119,10 +125,11 @@ def _staged(
         elif must_pay and gain <= 1:
             passes = count(range(epochs), "epoch", verb=False)
             why = f"{passes} of {rows:,} rows would not gain by it"
-        elif place_for("auto", need, None) != "device":
+        elif place_for("auto", need, None) != "device" and not on_mesh:
             why = f"the features take {size(need)}, more than there is room for"
         else:
-            features = staged.prepare(dataset, "device", progress=progress)
+            where, chunk = "host" if on_mesh else "device", place.rows(rows_of(batch))
+            features = staged.prepare(dataset, where, progress=progress, sharding=chunk)
             line = f"the frozen part runs once per row ({size(need)} of features): "
             line += f"predicted {gain:.2g} times as fast, preparation included"
             return Plan(objective, staged, features, line, staged=True)
@@ -132,7 +139,11 @@ def _staged(
 
 
 def compile_steps(
-    objective: Callable[..., Any], takes_key: bool, tx: optax.GradientTransformation, skip: int
+    objective: Callable[..., Any],
+    takes_key: bool,
+    tx: optax.GradientTransformation,
+    skip: int,
+    pinned: Any = None,
 ) -> Callable[..., tuple[Any, jax.Array, jax.Array]]:
     """The jitted call; it compiles once for each number of rows in a step.
 
@@ -141,11 +152,13 @@ def compile_steps(
         takes_key: whether the objective is passed a key.
         tx: the optimizer.
         skip: how many steps in a row may be no numbers; after one more, nothing moves any more.
+        pinned: the shardings of what it returns, where there is a mesh.
 
     Returns:
         `run(carry, held, data, batches, n, key, first) -> (carry, losses, finite)`. The carry is
         `(trainable, opt_state, steps in a row that were not finite)`, and its buffers are taken
-        over; `batches` are the rows of each step, of which `n` are taken; `first` numbers them.
+        over; `batches` says which rows of `data` each step has, of which `n` are taken; `first`
+        numbers them.
     """
 
     def run(
@@ -178,7 +191,7 @@ def compile_steps(
         finite = jnp.zeros(len(batches), bool)
         return jax.lax.fori_loop(0, n, step, (carry, losses, finite))
 
-    return jax.jit(run, donate_argnums=0)
+    return jax.jit(run, donate_argnums=0, out_shardings=pinned)
 
 
 def _all_finite(tree: PyTree) -> jax.Array:

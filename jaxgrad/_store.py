@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad._messages import listed, nearest, spec
+from jaxgrad._processes import several
 from jaxgrad._select import PyTree, flatten, is_array, is_key
+from jaxgrad._sharding import ShardingOf, on_one_device
 
 
 class CheckpointError(ValueError):
@@ -40,6 +42,8 @@ def encode(tree: PyTree) -> tuple[dict[str, Any], dict[str, Any]]:
             leaf = np.asarray(leaf, jnp.result_type(leaf))
         elif isinstance(leaf, np.generic):
             leaf = np.asarray(leaf)
+        if isinstance(leaf, jax.Array) and leaf.is_fully_addressable and several():
+            leaf = np.asarray(leaf)  # all have it, and the first writes it
         if leaf.size:
             arrays[path] = leaf
         else:
@@ -84,14 +88,14 @@ def read(path: Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
     return arrays, record
 
 
-def load_arrays(path: Path) -> dict[str, jax.Array]:
-    """The arrays that Orbax has stored, by path."""
+def load_arrays(path: Path, sharding_of: ShardingOf = on_one_device) -> dict[str, jax.Array]:
+    """The arrays that Orbax has stored, by path, each in its place."""
     from orbax.checkpoint import v1 as ocp
 
     found, _ = read(path)
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = {
-        p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for p, x in found.items()
+        p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(p, x.shape))
+        for p, x in found.items()
     }
     loaded = flatten(ocp.load(str(path), nest(abstract)))
     arrays = dict(zip(loaded.paths, loaded.leaves, strict=True))

@@ -22,13 +22,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from jaxgrad._autograd import split_for_grad
+from jaxgrad._feed import feed, steps_per_call
 from jaxgrad._optim import ParamGroups, ParamGroupsState
+from jaxgrad._processes import is_first
 from jaxgrad._resume import refuse_other_settings, restore_opt_state, restore_params
 from jaxgrad._runs import Checkpoints, Run
-from jaxgrad._select import PyTree, SelectionError, Wrt, is_array, merge, paths
-from jaxgrad._signals import Interrupted, caught_signals
+from jaxgrad._select import PyTree, SelectionError, Wrt, merge, paths
+from jaxgrad._sharding import Placement, Rules, placement
+from jaxgrad._signals import Interrupted, agreed, caught_signals
 from jaxgrad._steps import compile_steps, make_plan, rows_of
 
 Callback: TypeAlias = Callable[["TrainState"], Mapping[str, float] | None]
@@ -96,6 +100,8 @@ def fit(
     callbacks: Sequence[Callback] = (),
     stage: bool = True,
     skip_nonfinite: int = 0,
+    mesh: Mesh | None = None,
+    sharding: Rules = "data",
     checkpoint: str | PathLike[str] | Checkpoints | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -107,7 +113,9 @@ def fit(
             loss with an argument named `key` is passed a PRNG key of its own at each step; one
             whose `key` is bound already, or `None` where `fit` has none, keeps that.
         params: any pytree; it is left as it is.
-        dataset: a pytree of arrays with one first axis, the rows. It is put on the device whole.
+        dataset: a pytree of arrays with one first axis, the rows. It is put on the device whole;
+            with a `mesh`, of one device too, its rows are read when they are needed, and it may be
+            larger than the device's memory (`numpy.memmap`).
         tx: any Optax transformation.
         epochs: how often to go through the rows.
         batch_size: rows a step. A short last batch is a step too, and compiled once.
@@ -125,6 +133,13 @@ def fit(
             done. The losses are the same to rounding.
         skip_nonfinite: how many steps in a row may have a loss or a gradient that is infinite or
             no number. They change nothing; one more raises.
+        mesh: the devices to train on, also those of several processes, which then all call `fit`
+            alike, and each its callbacks. The axis named "data", or the first, splits the rows of each step, whose order
+            and losses (to rounding) are those of one device.
+        sharding: where the parameters and their optimizer state lie on the mesh: "data", whole on
+            each device; "fsdp", split along their longest axis that divides; or patterns of paths
+            to `PartitionSpec`s, of which the first that matches counts, and what none matches is
+            whole on each device.
         checkpoint: the directory to save the run in after each chunk, or `Checkpoints`. SIGINT and
             SIGTERM then finish the step, save and raise `Interrupted`; a second one kills at once.
         resume: go on from the newest whole step in `checkpoint`, to the bit as if the run had not
@@ -144,7 +159,8 @@ def fit(
             there is no `wrt`.
         GradientError: see `value_and_grad`.
         ValueError: the arrays of the dataset differ in their rows, a number is out of its range,
-            or the loss needs a key and there is none.
+            the loss needs a key and there is none, or `sharding` or `batch_size` does not fit the
+            mesh.
 
     Example:
         >>> import jax.numpy as jnp, optax, jaxgrad as jg
@@ -168,26 +184,32 @@ def fit(
         if value is not None and value < least:
             raise ValueError(f"{name}={value}; it must be {least} or more.")
     rows = rows_of(dataset)
+    place = placement(mesh, sharding, params, batch_size)
     wrt = _wrt_of(tx, params) if wrt is None else wrt
     shuffle, noise = (None, None) if key is None else jax.random.split(key)
+    noise = place.put(noise)
     extra = {"key": noise} if _takes_key(loss, key) else {}
     settings = {"rows": rows, "batch_size": batch_size, "key": _key_data(key)}
 
     with contextlib.ExitStack() as stack:
-        run = _open(checkpoint, resume, stack)
+        run = _open(checkpoint, resume, place, stack)
         signals = stack.enter_context(caught_signals(run is not None))
-        begun, was_staged = _begin(run, params, wrt, tx, settings)
+        begun, was_staged = _begin(run, params, wrt, tx, place, settings)
         trainable, rest = split_for_grad(begun.params, wrt)
         if run:
             run.keep_frozen(rest)
         ask = (None if was_staged is None else was_staged) if stage else False
-        plan = make_plan(loss, begun.params, wrt, dataset, batch_size, extra, epochs, ask, progress)
-        take_steps = compile_steps(plan.objective, bool(extra), tx, skip_nonfinite)
-        data = jax.tree.map(jnp.asarray, plan.data)
+        plan = make_plan(
+            loss, begun.params, wrt, dataset, batch_size, extra, epochs, ask, progress, place
+        )
         log = _Log(begun.step, begun.losses, [*begun.history])
         # A call takes over the buffers it is given, and these are the caller's. Some optimizers
         # keep the parameters themselves in their state: a copy for each place.
-        carry = _copied((trainable, begun.opt_state, jnp.int32(0)))
+        carry = _copied(place.put((trainable, begun.opt_state, jnp.int32(0))))
+        pinned = place.pinned(carry)
+        take_steps = compile_steps(plan.objective, bool(extra), tx, skip_nonfinite, pinned)
+        most = steps_per_call(place, plan.data, batch_size, _CALL)
+        calls = _calls(rows, batch_size, epochs, every, most, shuffle, begun.step)
 
         def state(carry: Any) -> TrainState:
             history = tuple(map(dict, log.history))
@@ -205,11 +227,11 @@ def fit(
                 run.save(_copied(tree), record)
 
         advance = stack.enter_context(_bar(epochs * rows, begun.step * batch_size, progress))
+        start = time.perf_counter()
         with contextlib.suppress(StopTraining):
-            for call in _calls(rows, batch_size, epochs, every, shuffle, begun.step):
-                start = time.perf_counter()
+            for call, data, batches in feed(place, plan.data, calls):
                 carry, values, finite = take_steps(
-                    carry, plan.held, data, call.batches, call.steps, noise, log.step
+                    carry, plan.held, data, batches, call.steps, noise, log.step
                 )
                 lost = log.add(call, np.asarray(values), np.asarray(finite), skip_nonfinite)
                 log.seconds += time.perf_counter() - start
@@ -221,10 +243,12 @@ def fit(
                     log.close_chunk(call.epoch)
                     for callback in callbacks:
                         log.history[-1] |= callback(state(_copied(carry))) or {}
-                if signals or (run and call.ends_chunk and run.is_due(len(log.history))):
+                stop = agreed(signals) if run else None
+                if stop or (run and call.ends_chunk and run.is_due(len(log.history))):
                     save()
-                if signals:
-                    raise _interrupted(run, signals[0], state(carry))
+                if stop:
+                    raise _interrupted(run, stop, state(carry))
+                start = time.perf_counter()  # the wait for rows counts, callbacks and saves don't
         save()
     return state(carry)
 
@@ -243,7 +267,13 @@ class _Call(NamedTuple):
 
 
 def _calls(
-    rows: int, batch_size: int, epochs: int, every: int | None, key: jax.Array | None, done: int
+    rows: int,
+    batch_size: int,
+    epochs: int,
+    every: int | None,
+    most: int,
+    key: jax.Array | None,
+    done: int,
 ) -> Iterator[_Call]:
     """The calls of a run after the steps that are done; none crosses the end of a chunk."""
     full, rest = divmod(rows, batch_size)
@@ -256,10 +286,10 @@ def _calls(
         at = done - epoch * steps if epoch * steps < done else 0
         while at < steps:
             chunk_end = min((at // every + 1) * every, steps)
-            end = min(chunk_end, at + _CALL, full) if at < full else steps
+            end = min(chunk_end, at + most, full) if at < full else steps
             batches = order[at * batch_size : end * batch_size].reshape(end - at, -1)
             # One shape for all calls of whole batches, that is one compilation.
-            room = min(_CALL, every, full) - len(batches) if at < full else 0
+            room = min(most, every, full) - len(batches) if at < full else 0
             padded = np.pad(batches, ((0, room), (0, 0)))
             yield _Call(epoch, padded, end - at, end == chunk_end)
             at = end
@@ -312,7 +342,10 @@ class _Log:
 
 
 def _open(
-    checkpoint: str | PathLike[str] | Checkpoints | None, resume: bool, stack: contextlib.ExitStack
+    checkpoint: str | PathLike[str] | Checkpoints | None,
+    resume: bool,
+    place: Placement,
+    stack: contextlib.ExitStack,
 ) -> Run | None:
     if checkpoint is None:
         if resume:
@@ -321,7 +354,7 @@ def _open(
             )
         return None
     config = checkpoint if isinstance(checkpoint, Checkpoints) else Checkpoints(checkpoint)
-    return stack.enter_context(Run(config, resume))
+    return stack.enter_context(Run(config, resume, place.sharding_of))
 
 
 def _begin(
@@ -329,19 +362,21 @@ def _begin(
     params: PyTree,
     wrt: Wrt,
     tx: optax.GradientTransformation,
+    place: Placement,
     settings: dict[str, Any],
 ) -> tuple[TrainState, bool | None]:
     """The state before the first step to take, and whether a run that goes on was staged."""
-    params = jax.tree.map(lambda x: jnp.asarray(x) if is_array(x) else x, params)
+    params = place.put(params)
     saved = run.newest() if run else None
     if run is None or saved is None:
         trainable, _ = split_for_grad(params, wrt)
-        return TrainState(params, tx.init(trainable), 0, np.zeros(0, np.float32), (), ""), None
+        opt_state = place.init(tx, trainable)
+        return TrainState(params, opt_state, 0, np.zeros(0, np.float32), (), ""), None
     where = str(run.root)
     refuse_other_settings(saved, settings, where)
-    params = restore_params(saved, params, where)
+    params = place.put(restore_params(saved, params, where))
     trainable, _ = split_for_grad(params, wrt)
-    opt_state, line = restore_opt_state(saved, tx.init(trainable), trainable)
+    opt_state, line = restore_opt_state(saved, place.init(tx, trainable), trainable)
     history = tuple(saved.record["history"])
     step = saved.record["step"]
     # With other leaves frozen, whether to stage is a new question.
@@ -409,7 +444,7 @@ def _bar(total: int, done: int, show: bool) -> Iterator[Callable[[int, str], Non
     from rich.console import Console
 
     console = Console(stderr=True)
-    if not (show and console.is_terminal):
+    if not (show and is_first() and console.is_terminal):
         yield lambda rows, text: None
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn

@@ -11,11 +11,13 @@ import tyro
 
 import jaxgrad as jg
 from jaxgrad import callbacks, data
+from jaxgrad._processes import is_first
 from jaxgrad.cli._classifier import Classifier
+from jaxgrad.cli._distributed import Distributed
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
+class Training(Distributed):
     """Options of a command that trains."""
 
     epochs: int = 20
@@ -63,8 +65,9 @@ class Training:
             callbacks=self._callbacks(model, test),
             checkpoint=self.checkpoint and jg.Checkpoints(self.checkpoint, config=model.config),
             resume=self.resume,
+            mesh=self.mesh(),
         )
-        if self.plot:
+        if self.plot and is_first():
             self.plot.parent.mkdir(parents=True, exist_ok=True)
             callbacks.plot_history(state.history, self.plot)
         return state
@@ -88,9 +91,9 @@ class Training:
                 }
 
             chosen.append(callbacks.evaluate(metrics, test))
-        if self.log:
+        if self.log and is_first():
             chosen.append(callbacks.write_jsonl(self.log))
-        if self.tensorboard:
+        if self.tensorboard and is_first():
             chosen.append(callbacks.write_tensorboard(self.tensorboard))
         if self.patience is not None:
             chosen.append(

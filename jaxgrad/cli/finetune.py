@@ -48,15 +48,13 @@ class Finetune(Training):
 
     def run(self) -> None:
         """Loads, re-trains, reports and saves."""
-        from rich.console import Console
-
         if self.epochs < 1:
             raise ValueError(f"--epochs {self.epochs}; it must be 1 or more.")
+        console = self.join()
         refuse_taken(self.out, overwrite=True)
-        console = Console(soft_wrap=True)
         source = self.source or _PRETRAINED
         if self.source is None and not source.exists():
-            Pretrain(data=self.data, seed=self.seed).run()
+            Pretrain(data=self.data, seed=self.seed, distributed=self.distributed).run()
         model = Classifier.load(source, self.forward)
         train, test = digits_or_files(self.data, self.classes)
         model.check(train)

@@ -34,10 +34,8 @@ class Pretrain(Training):
 
     def run(self) -> None:
         """Trains, reports and saves."""
-        from rich.console import Console
-
+        console = self.join()
         refuse_taken(self.out, self.overwrite)
-        console = Console(soft_wrap=True)
         train, test = digits_or_files(self.data, self.classes)
         outputs = max(10, *(c + 1 for c in self.classes))
         pixels = train["image"][0].size

@@ -1,0 +1,61 @@
+"""Several processes as one: who speaks, and how they come to agree.
+
+All of them run the same program, and every computation on a mesh that they share is done together.
+So what one alone may do (print, write logs, rename a directory) is done by the first, and what each
+sees for itself (a signal, a listing of a directory) is agreed on before anything follows from it:
+processes that went different ways would wait for each other for ever. Alone, a process asks nobody.
+"""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints, writes and renames."""
+    return jax.process_index() == 0
+
+
+def several() -> bool:
+    """Whether there are other processes."""
+    return jax.process_count() > 1
+
+
+def barrier(name: str) -> None:
+    """Waits until all processes have come here."""
+    if several():
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def greatest(number: int) -> int:
+    """The greatest of the processes' numbers."""
+    if not several():
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.process_allgather(np.int32(number)).max())
+
+
+def from_first(value: Any) -> Any:
+    """What the first process has, in all of them; anything that JSON can hold."""
+    if not several():
+        return value
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    text = np.resize(text, length)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(text)).tobytes())
+
+
+def whole(x: Any) -> np.ndarray:
+    """An array in host memory, gathered where no process has all of it."""
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

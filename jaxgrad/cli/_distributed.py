@@ -1,0 +1,49 @@
+"""A command as one of several processes, on one host or many."""
+
+import dataclasses
+from typing import Annotated
+
+import jax
+import numpy as np
+import tyro
+from jax.sharding import Mesh
+from rich.console import Console
+
+from jaxgrad._processes import is_first
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distributed:
+    """Options of a command that runs as several processes, each started with the same ones."""
+
+    distributed: bool = False
+    """Train on all devices of all processes. On Slurm, Open MPI, Kubernetes and TPU pods they find
+    each other; elsewhere say --coordinator, --num-processes and --process-id."""
+    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    """Where process 0 is to listen."""
+    num_processes: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """How many processes there are."""
+    process_id: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """Which of them this is, from 0."""
+
+    def join(self) -> Console:
+        """Joins the other processes, before anything else; the console of the first prints."""
+        explicit = (self.coordinator, self.num_processes, self.process_id)
+        if any(x is not None for x in explicit) and (not self.distributed or None in explicit):
+            raise ValueError(
+                "--coordinator, --num-processes and --process-id belong together, and to "
+                "--distributed."
+            )
+        if self.distributed and not jax.distributed.is_initialized():
+            try:
+                jax.distributed.initialize(*explicit)
+            except (ValueError, RuntimeError) as e:
+                raise ValueError(
+                    f"--distributed: the processes don't find each other ({e}). Say where and who "
+                    "they are: --coordinator HOST:PORT --num-processes N --process-id I."
+                ) from e
+        return Console(soft_wrap=True, quiet=self.distributed and not is_first())
+
+    def mesh(self) -> Mesh | None:
+        """All devices of all processes, or none where there is but this one."""
+        return Mesh(np.array(jax.devices()), ("data",)) if self.distributed else None
