@@ -134,8 +134,8 @@ def fit(
         skip_nonfinite: how many steps in a row may have a loss or a gradient that is infinite or
             no number. They change nothing; one more raises.
         mesh: the devices to train on, also those of several processes, which then all call `fit`
-            alike, and each its callbacks. The axis named "data", or the first, splits the rows of each step, whose order
-            and losses (to rounding) are those of one device.
+            alike, and each its callbacks. The axis named "data", or the first, splits the rows of
+            each step, whose order and losses (to rounding) are those of one device.
         sharding: where the parameters and their optimizer state lie on the mesh: "data", whole on
             each device; "fsdp", split along their longest axis that divides; or patterns of paths
             to `PartitionSpec`s, of which the first that matches counts, and what none matches is
