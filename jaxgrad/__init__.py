@@ -3,33 +3,33 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxgrad._audit import Audit, audit
 from jaxgrad._autograd import GradientError, backward, grad, stop_gradient, value_and_grad
-from jaxgrad._bits import LeakError, assert_frozen
-from jaxgrad._check_grads import GradCheck, check_grads
-from jaxgrad._checkpoint import CheckpointInfo, inspect, load, save
-from jaxgrad._ema import averaged_params, params_ema
 from jaxgrad._functional import Apply, functional
-from jaxgrad._graph import Equation, Graph, trace
-from jaxgrad._hook import HookError, hook
-from jaxgrad._layers import split_layers
-from jaxgrad._leaks import Leak
-from jaxgrad._nonfinite import NonFinite, find_nonfinite
 from jaxgrad._optim import Assignment, ParamGroups, UpdateError, apply_updates, param_groups
-from jaxgrad._per_example import grad_norms, per_example_grads
-from jaxgrad._picture import Picture, graph
-from jaxgrad._precision import mixed_precision
-from jaxgrad._recipe import AuditError
-from jaxgrad._runs import Checkpoints
 from jaxgrad._select import MergeError, SelectionError, Wrt, merge, partition, paths, select
-from jaxgrad._signals import Interrupted
-from jaxgrad._stage import Staged, StageError, stage
-from jaxgrad._store import CheckpointError
-from jaxgrad._tap import TapError, tap
-from jaxgrad._train import NonFiniteLossError, StopTraining, TrainState, fit
 
 if TYPE_CHECKING:
     from jaxgrad import callbacks, data, models, torch
+    from jaxgrad._audit import Audit, audit
+    from jaxgrad._bits import LeakError, assert_frozen
+    from jaxgrad._check_grads import GradCheck, check_grads
+    from jaxgrad._checkpoint import CheckpointInfo, inspect, load, save
+    from jaxgrad._ema import averaged_params, params_ema
+    from jaxgrad._graph import Equation, Graph, trace
+    from jaxgrad._hook import HookError, hook
+    from jaxgrad._layers import split_layers
+    from jaxgrad._leaks import Leak
+    from jaxgrad._nonfinite import NonFinite, find_nonfinite
+    from jaxgrad._per_example import grad_norms, per_example_grads
+    from jaxgrad._picture import Picture, graph
+    from jaxgrad._precision import mixed_precision
+    from jaxgrad._recipe import AuditError
+    from jaxgrad._runs import Checkpoints
+    from jaxgrad._signals import Interrupted
+    from jaxgrad._stage import Staged, StageError, stage
+    from jaxgrad._store import CheckpointError
+    from jaxgrad._tap import TapError, tap
+    from jaxgrad._train import NonFiniteLossError, StopTraining, TrainState, fit
 
 __all__ = [
     "Apply",
@@ -96,9 +96,41 @@ __all__ = [
     "value_and_grad",
 ]
 
+# What the core does not need is loaded when it is first used, and Flax with it only where it is
+# needed: importing JAX and Optax takes long enough.
+_LAZY = {
+    "_audit": ("Audit", "audit"),
+    "_bits": ("LeakError", "assert_frozen"),
+    "_check_grads": ("GradCheck", "check_grads"),
+    "_checkpoint": ("CheckpointInfo", "inspect", "load", "save"),
+    "_ema": ("averaged_params", "params_ema"),
+    "_graph": ("Equation", "Graph", "trace"),
+    "_hook": ("HookError", "hook"),
+    "_layers": ("split_layers",),
+    "_leaks": ("Leak",),
+    "_nonfinite": ("NonFinite", "find_nonfinite"),
+    "_per_example": ("grad_norms", "per_example_grads"),
+    "_picture": ("Picture", "graph"),
+    "_precision": ("mixed_precision",),
+    "_recipe": ("AuditError",),
+    "_runs": ("Checkpoints",),
+    "_signals": ("Interrupted",),
+    "_stage": ("Staged", "StageError", "stage"),
+    "_store": ("CheckpointError",),
+    "_tap": ("TapError", "tap"),
+    "_train": ("NonFiniteLossError", "StopTraining", "TrainState", "fit"),
+}
+_MODULES = ("callbacks", "data", "models", "torch")
+
 
 def __getattr__(name: str) -> Any:
-    # These load Flax, which takes longer than all else together: only when first used.
-    if name in ("callbacks", "data", "models", "torch"):
+    if name in _MODULES:
         return importlib.import_module(f"jaxgrad.{name}")
+    for module, names in _LAZY.items():
+        if name in names:
+            return getattr(importlib.import_module(f"jaxgrad.{module}"), name)
     raise AttributeError(f"module 'jaxgrad' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -101,6 +101,7 @@ def test_complex_leaves():
 
 
 @pytest.mark.parametrize("make", [losses.mlp, losses.nnx_module, losses.equinox_module])
+@pytest.mark.slow
 def test_models(make):
     case = make()
     check = jg.check_grads(case.loss, case.params, case.data, wrt=case.wrt, directions=4)

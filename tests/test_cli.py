@@ -298,6 +298,7 @@ def test_import_does_not_load_what_it_may_not_need():
     assert jax.__name__ in sys.modules
 
 
+@pytest.mark.slow
 def test_a_run_that_is_ended_by_a_signal_goes_on(runs, tmp_path):
     argv = [
         "--from",

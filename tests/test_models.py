@@ -1,5 +1,6 @@
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 import jaxgrad as jg
@@ -34,6 +35,7 @@ def test_cnn_averages_what_its_blocks_find():
     np.testing.assert_allclose(apply(zero, x), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_vit_reads_the_class_token_and_knows_where_a_patch_is():
     model = ViT((8, 8, 1), patch=4, width=8, depth=1, heads=2, classes=3, rngs=nnx.Rngs(0))
     apply, params = jg.functional(model)

@@ -158,7 +158,9 @@ def overlap(a: Box, b: Box):
     return abs(a.x - b.x) < (a.width + b.width) / 2 and abs(a.y - b.y) < (a.height + b.height) / 2
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * ("ViT" in n)) for n in CASES]
+)
 def test_every_loss_is_drawn_and_no_boxes_overlap(name):
     case = CASES[name]()
     for depth in (0, 1):

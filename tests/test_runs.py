@@ -149,6 +149,7 @@ def test_checkpoints_out_of_range(attribute, value):
 # What is trained may change.
 
 
+@pytest.mark.slow
 def test_other_patterns_keep_the_state_that_survives(tmp_path):
     head = jg.param_groups({"head/**": optax.adam(0.1)})
     first = run(tmp_path / "run", tx=head, epochs=1)
