@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgrad._processes import is_first
 from jaxgrad._select import PyTree
 from jaxgrad._steps import rows_of
 from jaxgrad._train import Callback, StopTraining, TrainState
@@ -143,7 +144,7 @@ def write_jsonl(path: str | PathLike[str]) -> Callback:
             record is there twice.
 
     Returns:
-        A callback.
+        A callback. Of several processes the first alone writes.
 
     Raises:
         OSError: in training, the file can't be written.
@@ -166,6 +167,8 @@ def write_jsonl(path: str | PathLike[str]) -> Callback:
     path = Path(path)
 
     def callback(state: TrainState) -> None:
+        if not is_first():
+            return
         lines = [json.dumps(record) + "\n" for record in state.history]
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -190,7 +193,8 @@ def write_tensorboard(directory: str | PathLike[str]) -> Callback:
         directory: where `tensorboard --logdir` looks.
 
     Returns:
-        A callback; the abscissa is the step. It needs `pip install 'jaxgrad[tensorboard]'`.
+        A callback; the abscissa is the step. Of several processes the first alone writes. It needs
+        `pip install 'jaxgrad[tensorboard]'`.
 
     Raises:
         ModuleNotFoundError: tensorboardX is not installed.
@@ -208,9 +212,11 @@ def write_tensorboard(directory: str | PathLike[str]) -> Callback:
             "write_tensorboard needs tensorboardX: pip install 'jaxgrad[tensorboard]'",
             name="tensorboardX",
         ) from e
-    writer = SummaryWriter(str(directory))
+    writer = SummaryWriter(str(directory)) if is_first() else None
 
     def callback(state: TrainState) -> None:
+        if writer is None:
+            return
         record = state.history[-1]
         for name, value in record.items():
             if name != "step":
