@@ -87,7 +87,10 @@ def killer(step):
     return callback
 
 
-@pytest.mark.parametrize("step", [2, 5, 9, 12])
+@pytest.mark.parametrize(
+    "step",
+    [pytest.param(2, marks=pytest.mark.slow), 5, 9, pytest.param(12, marks=pytest.mark.slow)],
+)
 def test_a_run_goes_on_to_the_same_bits(tmp_path, step):
     with pytest.raises(KillError):
         run(tmp_path / "run", callbacks=[killer(step)])
