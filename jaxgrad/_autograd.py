@@ -28,7 +28,6 @@ from jaxgrad._select import (
     nnx_types,
     partition,
 )
-from jaxgrad._tap import value_and_grads_of_taps
 
 T = TypeVar("T")
 
@@ -102,6 +101,8 @@ def value_and_grad(
 
         differentiate = jax.value_and_grad(of_selected, has_aux=True)
         if taps:
+            from jaxgrad._tap import value_and_grads_of_taps  # only here: the import stays fast
+
             differentiate = value_and_grads_of_taps(of_selected)
         if microbatches is None:
             (value, aux), grads = differentiate(selected, args, kwargs)

@@ -83,13 +83,13 @@ def kill_again_and_again(directory: Path, epochs: int, kills: int, seed: int) ->
     moments = {"kills": 0, "in a save": 0, "in a deletion": 0}
     draw = random.Random(seed)
     while moments["kills"] < kills:
-        process = life(directory, epochs)
-        process.stdout.readline()
-        time.sleep(draw.uniform(0.0, 1.0))
-        if process.poll() is not None:
+        with life(directory, epochs) as process:
+            process.stdout.readline()
+            time.sleep(draw.uniform(0.0, 1.0))
+            ended = process.poll() is not None
+            process.kill()
+        if ended:
             raise SystemExit(f"the run ended after {moments['kills']} kills: give it more epochs")
-        process.kill()
-        process.wait()
         names = [path.name for path in (directory / "steps").iterdir()]
         moments["kills"] += 1
         moments["in a save"] += any("tmp" in name for name in names)
@@ -99,8 +99,8 @@ def kill_again_and_again(directory: Path, epochs: int, kills: int, seed: int) ->
 
 def finished(directory: Path, epochs: int) -> str:
     """The digest of a run whose last life is left alone."""
-    output, _ = life(directory, epochs).communicate()
-    return output.split()[-1]
+    with life(directory, epochs) as process:
+        return process.communicate()[0].split()[-1]
 
 
 def main() -> None:
