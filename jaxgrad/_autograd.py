@@ -243,6 +243,15 @@ def stop_gradient(tree: T, where: Wrt = "**") -> T:
     return merge(jax.tree.map(jax.lax.stop_gradient, selected), rest)
 
 
+def checked(fun: Callable[..., Any]) -> Callable[..., jax.Array]:
+    """`fun`, with what `value_and_grad` refuses of a loss refused when it is called or traced."""
+
+    def wrapped(params: PyTree, *args: Any, **kwargs: Any) -> jax.Array:
+        return _scalar(_call(fun, params, args, kwargs))
+
+    return wrapped
+
+
 def split_for_grad(params: PyTree, wrt: Wrt) -> tuple[PyTree, PyTree]:
     """`partition`, where each selected leaf can have a gradient."""
     selected, rest = partition(params, wrt)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxgrad._autograd import value_and_grad
+from jaxgrad._autograd import checked, value_and_grad
 from jaxgrad._messages import count, size
 from jaxgrad._optim import apply_updates
 from jaxgrad._prepare import place_for
@@ -59,8 +59,6 @@ def make_plan(
     if stage is False or not epochs or not jax.tree.leaves(plan.held):
         return plan
     batch = _abstract(dataset, min(batch_size, rows_of(dataset)))
-    trainable, _ = partition(params, wrt)
-    jax.eval_shape(plan.objective, trainable, plan.held, batch, **extra)  # for its errors
     return _staged(
         plan, loss, params, wrt, dataset, batch, extra, epochs, stage is None, progress, place
     )
@@ -109,7 +107,7 @@ def _staged(
     """The plan with the frozen part run once, where that pays; else the one that there is."""
 
     def positional(params: PyTree, batch: PyTree, *vary: Any) -> Any:
-        return loss(params, batch, **dict(zip(extra, vary, strict=True)))
+        return checked(loss)(params, batch, **dict(zip(extra, vary, strict=True)))
 
     def objective(trainable: PyTree, staged: Staged, features: PyTree, **extra: Any) -> Any:
         of_trainable = value_and_grad(lambda t: staged.loss(t, features, *extra.values()))
@@ -194,10 +192,23 @@ def compile_steps(
     return jax.jit(run, donate_argnums=0, out_shardings=pinned)
 
 
+# Numbers in a leaf that is joined with others to be looked at; to join is to copy.
+_SMALL = 4096
+
+
 def _all_finite(tree: PyTree) -> jax.Array:
-    """Whether every number of a tree is one."""
-    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.all(jnp.array([jnp.isfinite(x).all() for x in leaves]))
+    """Whether every number of a tree is one: then its product with zero is zero.
+
+    The small leaves are summed as one array. With a reduction for each, and by `isfinite`, a third
+    of the time to compile the steps of a Transformer's last blocks went into this check.
+    """
+    parts: dict[Any, list[jax.Array]] = {}
+    for x in jax.tree.leaves(tree):
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            part = x.ravel() if x.size <= _SMALL else jnp.sum(0 * x)[None]
+            parts.setdefault(x.dtype, []).append(part)
+    sums = (jnp.sum(0 * jnp.concatenate(part)) for part in parts.values())
+    return jnp.array([jnp.isfinite(total) for total in sums]).all()
 
 
 def _where(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:

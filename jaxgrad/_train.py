@@ -186,9 +186,8 @@ def fit(
     rows = rows_of(dataset)
     place = placement(mesh, sharding, params, batch_size)
     wrt = _wrt_of(tx, params) if wrt is None else wrt
-    shuffle, noise = (None, None) if key is None else jax.random.split(key)
-    noise = place.put(noise)
-    extra = {"key": noise} if _takes_key(loss, key) else {}
+    noise = place.put(key) if _takes_key(loss, key) else None
+    extra = {} if noise is None else {"key": noise}
     settings = {"rows": rows, "batch_size": batch_size, "key": _key_data(key)}
 
     with contextlib.ExitStack() as stack:
@@ -209,7 +208,7 @@ def fit(
         pinned = place.pinned(carry)
         take_steps = compile_steps(plan.objective, bool(extra), tx, skip_nonfinite, pinned)
         most = steps_per_call(place, plan.data, batch_size, _CALL)
-        calls = _calls(rows, batch_size, epochs, every, most, shuffle, begun.step)
+        calls = _calls(rows, batch_size, epochs, every, most, key, begun.step)
 
         def state(carry: Any) -> TrainState:
             history = tuple(map(dict, log.history))
@@ -280,9 +279,7 @@ def _calls(
     steps = full + (rest > 0)
     every = every or steps
     for epoch in range(done // steps, epochs):
-        order = np.arange(rows)
-        if key is not None:
-            order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), rows))
+        order = np.arange(rows) if key is None else _shuffled(key, epoch, rows)
         at = done - epoch * steps if epoch * steps < done else 0
         while at < steps:
             chunk_end = min((at // every + 1) * every, steps)
@@ -293,6 +290,12 @@ def _calls(
             padded = np.pad(batches, ((0, room), (0, 0)))
             yield _Call(epoch, padded, end - at, end == chunk_end)
             at = end
+
+
+def _shuffled(key: jax.Array, epoch: int, rows: int) -> np.ndarray:
+    # By NumPy: the sort of `jax.random.permutation` takes longer to compile than a small head.
+    words = np.asarray(jax.random.key_data(key)).ravel()
+    return np.random.default_rng([*words, epoch]).permutation(rows)
 
 
 @dataclasses.dataclass
@@ -416,7 +419,10 @@ def _key_data(key: jax.Array | None) -> Any:
 
 
 def _copied(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: jnp.copy(x) if isinstance(x, jax.Array) else x, tree)
+    # `jnp.copy` would be compiled for each shape.
+    return jax.tree.map(
+        lambda x: jax.device_put(x, may_alias=False) if isinstance(x, jax.Array) else x, tree
+    )
 
 
 def _non_finite(call: _Call, bad: int, values: jax.Array, log: _Log) -> str:

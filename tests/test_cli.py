@@ -23,7 +23,7 @@ def runs(tmp_path_factory):
     fast = ["--batch-size", "32", "--learning-rate", "0.1"]
     pretrained, finetuned = str(path / "pretrained"), str(path / "finetuned")
     assert main(["pretrain", "--hidden", "16", "--epochs", "2", "--out", pretrained, *fast]) == 0
-    assert main(["finetune", "--from", pretrained, "--out", finetuned, "--epochs", "3", *fast]) == 0
+    assert main(["finetune", "--from", pretrained, "--out", finetuned, "--epochs", "6", *fast]) == 0
     return path
 
 
