@@ -53,7 +53,7 @@ TASKS = {
     "ViT, last 2 of 12": Task(
         lambda: ViT(width=128, heads=4, rngs=nnx.Rngs(0)),
         "vit",
-        2048,
+        4096,
         64,
         ["layers/10/**", "layers/11/**", "norm/**", "head/**"],
     ),

@@ -12,6 +12,7 @@ equation (`_rows.py`).
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -226,6 +227,11 @@ _SIZES = {
 }
 
 
+_COLLECTIVES = """
+all_gather all_gather_invariant all_to_all axis_index pmax pmin ppermute psum psum_invariant
+reduce_scatter
+"""
+
 # Beside their body, these have but the functions that make their derivatives.
 _DERIVATIVES = ("custom_jvp_call", "custom_vjp_call")
 
@@ -246,9 +252,11 @@ def _inexact(value: Any) -> bool:
 def _outputs(
     a: jex.JaxprEqn, b: jex.JaxprEqn, sizes: Sizes, places: Sequence[Place]
 ) -> Sequence[Place]:
+    name = a.primitive.name
+    if name in _COLLECTIVES.split():
+        raise Mixes("depends on the devices that the examples are on")
     if a.effects or b.effects:
         raise Mixes("has a side effect, which must happen in every step")
-    name = a.primitive.name
     axes = [p.axis if isinstance(p, PerExample) else None for p in places]
     if any(axis is not None for axis in axes) and name not in {*RULES, *_STRUCTURED}:
         raise Mixes("has no known way to treat the rows of a batch")
@@ -395,6 +403,31 @@ def _cond(a, b, sizes, places, outs):
     return joined
 
 
+def _shard_map(a, b, sizes, places, outs):
+    """Each device runs the body on its part of the batch."""
+    given = list(zip(places, a.params["in_specs"], strict=True))
+    examples = [_split_by(spec[p.axis :][:1]) for p, spec in given if isinstance(p, PerExample)]
+    across = examples[0]
+    if any(other != across for other in examples):
+        raise Mixes("splits the examples of its inputs over different axes of the mesh")
+    parts = math.prod(a.params["mesh"].shape[name] for name in across)
+    if any(size % parts for size in sizes):
+        raise Mixes("splits an example over devices")
+    local = (sizes[0] // parts, sizes[1] // parts)
+    if any(across & _split_by(spec) for p, spec in given if isinstance(p, Constant)):
+        raise Mixes("has other parameters on the devices of other examples")
+    inside = _body(a.params["jaxpr"], b.params["jaxpr"], local, places)
+    for place, spec in zip(inside, a.params["out_specs"], strict=True):
+        if isinstance(place, PerExample) and _split_by(spec[place.axis :][:1]) != across:
+            raise Mixes("joins the examples along another axis of the mesh than it split them")
+    return inside
+
+
+def _split_by(spec: Sequence[Any]) -> set[str]:
+    """The axes of the mesh that some axes of an array are split over."""
+    return {name for names in spec if names for name in np.atleast_1d(names).tolist()}
+
+
 _STRUCTURED: dict[str, Callable[..., Sequence[Place]]] = {
     "checkpoint": _call("jaxpr"),
     "closed_call": _call("call_jaxpr"),
@@ -404,5 +437,6 @@ _STRUCTURED: dict[str, Callable[..., Sequence[Place]]] = {
     "jit": _call("jaxpr"),
     "remat2": _call("jaxpr"),
     "scan": _scan,
+    "shard_map": _shard_map,
     "while": _while,
 }

@@ -40,6 +40,10 @@ def flops(eqn: jex.JaxprEqn) -> int:
         once = sum(total(body.eqns) for body in bodies)
         if name == "reduce" or name.startswith("scatter"):
             return _size(eqn.invars)
+        if name == "shard_map":  # on each device
+            return once * math.prod(
+                eqn.params["mesh"].shape[axis] for axis in eqn.params["newly_manual_axes"]
+            )
         return once * (eqn.params["length"] if name == "scan" else 1)
     if name.startswith(("reduce", "arg", "cum", "sort", "top_k")):
         return _size(eqn.invars)

@@ -15,7 +15,9 @@ give the same.
 import dataclasses
 import functools
 import os
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -67,7 +69,8 @@ def stage(
 
     Raises:
         SelectionError: `wrt` does not fit `params`.
-        StageError: the leaves of `batch` have no common leading axis.
+        StageError: the leaves of `batch` have no common leading axis, or the loss has a shape or a
+            branch that depends on values.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxgrad as jg
@@ -91,8 +94,11 @@ def stage(
     select(params, wrt)  # for its errors
     rows = _rows(batch)
     source = Loss(loss, flat, match(flat, wrt), _bare(batch), vary)
-    # With one row, what is summed over the batch looks like what is not.
-    plan = _Plan(source, split(source, max(rows, 2)))
+    try:
+        # With one row, what is summed over the batch looks like what is not.
+        plan = _Plan(source, split(source, max(rows, 2)))
+    except _NEEDS_VALUES as error:
+        raise StageError(_needs_values(error)) from error
     return Staged(plan.fold(), plan)
 
 
@@ -297,6 +303,25 @@ class _Plan:
                     f"batch that was staged has {spec.dtype}{list(spec.shape[1:])}."
                 )
         return leaves, total
+
+
+_NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.NonConcreteBooleanIndexError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+
+
+def _needs_values(error: Exception) -> str:
+    libraries = tuple(str(Path(file).parent) for file in (jax.__file__, np.__file__, __file__))
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if not f.filename.startswith(libraries)][-1]
+    return (
+        f"the loss can't be traced: at {theirs.filename}:{theirs.lineno} ({theirs.name}) a shape "
+        "or a branch depends on values. Write it with a mask (jnp.where), jax.lax.cond, or a `size=`. "
+        f"JAX says: {str(error).splitlines()[0]}"
+    )
 
 
 def _bare(batch: PyTree) -> PyTree:

@@ -195,6 +195,30 @@ def test_staged_features_are_split_with_the_rows(monkeypatch):
     close(state, run(tx=tx, stage=False))
 
 
+def test_a_loss_with_shard_map_is_staged(monkeypatch):
+    monkeypatch.setattr("jaxgrad._cut.FLOPS_PER_BYTE", 1e-6)
+    params, data = make()
+    split = jax.shard_map(
+        lambda x, p: jnp.tanh(x @ p["w"] + p["b"][None]),
+        mesh=mesh(4),
+        in_specs=(P("data"), P()),
+        out_specs=P("data"),
+    )
+
+    def loss(p, batch):
+        h = split(batch["x"], p["trunk"])
+        return jnp.mean((h @ p["head"]["w"] + p["head"]["b"][None] - batch["y"]) ** 2)
+
+    batch = jax.tree.map(lambda x: x[:BATCH], data)
+    staged = jg.stage(loss, params, batch, "head/**")
+    assert [c.shape for c in staged.report().crossing if c.computed] == [(16,)]
+    assert staged.report().once >= 2 * 8 * 16
+    head, _ = jg.partition(params, "head/**")
+    features = staged.prepare(data, progress=False)[: BATCH // 2]
+    expected = loss(params, jax.tree.map(lambda x: x[: BATCH // 2], data))
+    np.testing.assert_allclose(staged.loss(head, features), expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("sharding", [None, "fsdp"])
 def test_the_steps_are_lowered_for_machines_that_are_not_there(sharding, monkeypatch):
     lowered = []

@@ -3,6 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 import jaxgrad as jg
 from jaxgrad import _cut
@@ -230,6 +232,63 @@ def test_side_effects_stay_in_the_step():
     jax.effects_barrier()
     assert seen == [(3, 6)]
     assert any("side effect" in r.reason for r, _ in staged.report().refusals)
+
+
+@pytest.mark.parametrize(
+    "among",
+    [
+        lambda h: h[jnp.nonzero(h[:, 0] > 0)[0]],
+        lambda h: h[h[:, 0] > 0],
+        lambda h: h[: int(h.sum())],
+        lambda h: h if h.sum() > 0 else 2 * h,
+        lambda h: h[: len(np.unique(h))],
+    ],
+    ids=["nonzero", "mask", "slice", "branch", "numpy"],
+)
+def test_shapes_and_branches_that_depend_on_values_are_refused(among):
+    def loss(params, batch):
+        return jnp.mean(among(jnp.sin(batch @ params["a"])))
+
+    where = rf"test_stage.py:{among.__code__.co_firstlineno} \(<lambda>\) a shape or a branch"
+    with pytest.raises(jg.StageError, match=where):
+        jg.stage(loss, noisy_params(), jnp.ones((4, 5)), "b")
+
+
+def over_devices(trunk, weights):
+    """A loss whose trunk runs under `shard_map`, the examples split."""
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    specs = {"in_specs": (P("data"), weights), "out_specs": P("data")}
+
+    def loss(params, batch):
+        h = jax.shard_map(trunk, mesh=mesh, **specs)(batch["x"], params["trunk"])
+        return jnp.mean((h @ params["head"] - batch["y"]) ** 2)
+
+    params = {"trunk": jnp.linspace(-1, 1, 20).reshape(5, 4), "head": jnp.ones((4, 1))}
+    data = {"x": jnp.linspace(0, 1, 60).reshape(12, 5), "y": jnp.ones((12, 1))}
+    return loss, params, data, jg.stage(loss, params, batch_of(data, slice(6)), "head")
+
+
+def test_shard_map_is_staged():
+    loss, params, data, staged = over_devices(lambda x, w: jnp.tanh(x @ w), P())
+    assert [c.shape for c in staged.report().crossing if c.computed] == [(4,)]
+    features, (head, _) = staged.prepare(data), jg.partition(params, "head")
+    close(staged.loss(head, features[3:9]), loss(params, batch_of(data, slice(3, 9))), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("trunk", "weights", "reason"),
+    [
+        (lambda x, w: x @ w - jax.lax.pmean(x @ w, "data"), P(), "depends on the devices that"),
+        (lambda x, w: x @ w + jax.lax.axis_index("data"), P(), "depends on the devices that"),
+        (lambda x, w: x @ w, P(None, "data"), "has other parameters on the devices of other"),
+    ],
+    ids=["collective", "axis_index", "split weights"],
+)
+def test_what_depends_on_the_device_is_refused(trunk, weights, reason):
+    with jax.numpy_dtype_promotion("standard"):
+        staged = over_devices(trunk, weights)[-1]
+    assert not staged.report().staged
+    assert any(reason in r.reason for r, _ in staged.report().refusals), str(staged)
 
 
 def test_nothing_to_stage():
