@@ -319,7 +319,7 @@ def _needs_values(error: Exception) -> str:
     theirs = [f for f in frames if not f.filename.startswith(libraries)][-1]
     return (
         f"the loss can't be traced: at {theirs.filename}:{theirs.lineno} ({theirs.name}) a shape "
-        "or a branch depends on values. Write it with a mask (jnp.where), jax.lax.cond, or a `size=`. "
+        "or a branch depends on values. Write it with jnp.where, jax.lax.cond, or a `size=`. "
         f"JAX says: {str(error).splitlines()[0]}"
     )
 
