@@ -14,9 +14,9 @@ from jaxgrad._inline import between
 from jaxgrad._split import Split
 
 # What a step costs whatever it computes, and a compilation of the frozen part, in operations:
-# about 0.1 ms and 0.2 s on a machine of 50 GFLOP/s. Measured on two CPU cores; they only
+# about 0.2 ms and 0.2 s on a machine of 50 GFLOP/s. Measured on two CPU cores; they only
 # matter where there is little to gain.
-_STEP = 5e6
+_STEP = 1e7
 _COMPILATION = 1e10
 
 
