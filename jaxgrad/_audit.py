@@ -9,6 +9,7 @@ The reasons are experiments (`_causes.py`), not guesses by the names of transfor
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from os import PathLike
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jaxgrad import _leaks
 from jaxgrad._audit_table import as_html, as_text
 from jaxgrad._bits import Change, LeakError, change, host, wide
 from jaxgrad._causes import causes
+from jaxgrad._checkpoint import inspect
 from jaxgrad._cost import Cost, measured
 from jaxgrad._graph import trace
 from jaxgrad._leaks import Leak, Row
@@ -99,6 +101,8 @@ def audit(
     grad: Callable[..., PyTree] | None = None,
     step: Callable[..., Any] | None = None,
     opt_state: Any = None,
+    previous: Any = None,
+    saved: PyTree | str | PathLike[str] | None = None,
     has_aux: bool = False,
     steps: int = 4,
 ) -> Audit:
@@ -121,6 +125,9 @@ def audit(
             your own. Reasons are then looked for in `tx`, and which gradients are computed is only
             known by the cost of the step.
         opt_state: the state of a run under way, where it is not a new one.
+        previous: the optimizer's state before the selection was changed, of which that of what
+            is still trained should have been carried over into `opt_state`.
+        saved: the checkpoint of a run, or the tree that it saves: whether all parameters are there.
         has_aux: see `loss`.
         steps: how many steps to take, all with this batch; more than an optimizer accumulates.
 
@@ -131,6 +138,7 @@ def audit(
     Raises:
         SelectionError: `wrt` does not fit `params`.
         AuditError: `steps` is below 1, or `grad` returns another structure than `params` have.
+        FileNotFoundError: `saved` is a path and there is no checkpoint.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, jaxgrad as jg
@@ -190,6 +198,7 @@ def audit(
         *_leaks.of_rows(rows, steps, coupled),
         *_leaks.of_ties(_ties(params, flat, trained)),
         *_leaks.of_statistics(_statistics(params, flat, trained), _lost(made, batch)),
+        *_leaks.of_history(_forgotten(flat, previous, start, fresh), _unsaved(flat, saved)),
         *_leaks.of_cost(rows, spent, optimum),
     ]
     return Audit(
@@ -251,15 +260,47 @@ def _shares(grads: PyTree) -> list[float]:
 
 
 def _state_bytes(flat: Flat, state: Any) -> list[int]:
-    """For each leaf, the bytes of the optimizer's state whose path ends in its path."""
-    held = dict.fromkeys(flat.paths, 0)
+    """For each leaf, the bytes of the optimizer's state that is its own."""
+    return [sum(map(nbytes, arrays)) for arrays in _states(flat, state).values()]
+
+
+def _states(flat: Flat, state: Any) -> dict[str, list[Any]]:
+    """For each leaf, the arrays of the optimizer's state whose path ends in its path."""
+    held: dict[str, list[Any]] = {path: [] for path in flat.paths}
     for path, leaf in zip(*flatten(state)[:2], strict=True):
         if is_array(leaf):
             parts = path.split("/")
             ends = ("/".join(parts[i:]) for i in range(len(parts)))
             if (owner := next((end for end in ends if end in held), None)) is not None:
-                held[owner] += nbytes(leaf)
-    return [held[path] for path in flat.paths]
+                held[owner].append(leaf)
+    return held
+
+
+def _forgotten(flat: Flat, previous: Any, start: Any, fresh: Any) -> list[str]:
+    """The paths whose state was that of a run, and is that of a new optimizer now."""
+    then, now, new = (_states(flat, state) for state in (previous, start, fresh))
+    return [
+        path
+        for path in flat.paths
+        if now[path] and _equal(now[path], new[path]) and not _equal(then[path], new[path])
+        if len(then[path]) == len(new[path])
+    ]
+
+
+def _equal(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    return len(some) == len(others) and all(map(np.array_equal, map(host, some), map(host, others)))
+
+
+def _unsaved(flat: Flat, saved: Any) -> list[str]:
+    """The paths of arrays that are not among those that are saved."""
+    if saved is None:
+        return []
+    if isinstance(saved, str | PathLike):
+        there = set(inspect(saved).leaves)
+    else:
+        there = {p for p, x in zip(*flatten(saved)[:2], strict=True) if is_array(x)}
+    leaves = zip(flat.paths, flat.leaves, strict=True)
+    return [path for path, leaf in leaves if is_array(leaf) and path not in there]
 
 
 def _optimum(recipe: Recipe, trained: Sequence[bool], batch: PyTree) -> Cost | None:

@@ -46,7 +46,7 @@ class Leak:
 
     Attributes:
         kind: "moves", "ascends", "norm", "gradient", "state", "unused", "stopped", "stuck",
-            "tied", "statistics", "lost" or "cost".
+            "tied", "statistics", "lost", "forgotten", "unsaved" or "cost".
         paths: the parameters at fault; none where it is the step as a whole.
         what: what is wrong.
         why: how it comes about.
@@ -230,6 +230,27 @@ def of_statistics(trained: Sequence[str], lost: Sequence[str]) -> Iterator[Leak]
             "without a word",
         )
         yield Leak("lost", tuple(lost), what, why, fix)
+
+
+def of_history(forgotten: Sequence[str], unsaved: Sequence[str]) -> Iterator[Leak]:
+    """The leaks between one phase of a training, or one process, and the next."""
+    if forgotten:
+        yield Leak(
+            "forgotten",
+            tuple(forgotten),
+            "trained before and now, and its optimizer state is new",
+            "an optimizer that is initialised again, for another selection, starts from nothing",
+            "carry over the state of what is still trained: `jaxgrad.fit(..., checkpoint=..., "
+            "resume=True)` does so by path",
+        )
+    if unsaved:
+        yield Leak(
+            "unsaved",
+            tuple(unsaved),
+            "a parameter, and not in what is saved",
+            "a half of the parameters was saved: it loads into no model, and not under another wrt",
+            "split inside of the step and save the full tree: jaxgrad.save(path, params)",
+        )
 
 
 def _leak(kind: str, rows: Sequence[Row], what: str, why: str, fix: str) -> Iterator[Leak]:

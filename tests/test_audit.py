@@ -472,6 +472,36 @@ def test_paths_are_escaped_in_html():
     assert "&lt;b&gt;" in page and "<b>" not in page
 
 
+def after_a_step(tx, wrt):
+    trained, _ = jg.partition(PARAMS, wrt)
+    return tx.update(jg.grad(loss, wrt)(PARAMS, BATCH), tx.init(trained), trained)[1]
+
+
+def test_an_optimizer_that_is_rebuilt_forgets_momentum():
+    wide = ["layer1", *WRT]
+    tx = lambda wrt: jg.param_groups([(wrt, SGD)])
+    before = after_a_step(tx(WRT), WRT)
+    rebuilt = tx(wide).init(jg.partition(PARAMS, wide)[0])
+    audit = audited(tx(wide), wrt=wide, opt_state=rebuilt, previous=before)
+    assert set(leak(audit, "forgotten").paths) == {"layer2", "bias"}
+    assert "starts from nothing" in str(leak(audit, "forgotten"))
+    carried = after_a_step(tx(wide), wide)
+    assert not audited(tx(wide), wrt=wide, opt_state=carried, previous=before).leaks
+
+
+def test_half_of_the_parameters_is_saved(tmp_path):
+    half, _ = jg.partition(PARAMS, "layer2")
+    for saved in (half, tmp_path / "half"):
+        if saved is not half:
+            jg.save(saved, {"layer2": PARAMS["layer2"]})
+        audit = audited(groups(), saved=saved)
+        assert set(leak(audit, "unsaved").paths) == PARAMS.keys() - {"layer2"}
+    jg.save(tmp_path / "whole", PARAMS)
+    assert not audited(groups(), saved=tmp_path / "whole").leaks
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        audited(groups(), saved=tmp_path / "nowhere")
+
+
 def test_raise_if_leaky_names_path_what_why_and_fix():
     audit = audited(optax.chain(HIDE, optax.adamw(1e-2, weight_decay=0.1)))
     with pytest.raises(jg.LeakError) as info:
