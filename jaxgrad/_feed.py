@@ -6,9 +6,9 @@ a call runs, the rows of the next one are gathered and put on the mesh. Each pro
 those that its own devices take, in the order in which one device would take them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +19,55 @@ from jaxgrad._messages import nbytes
 from jaxgrad._select import PyTree
 from jaxgrad._sharding import OnMesh, Placement
 
-# Of the rows of one call on a mesh; two calls' rows are held at a time.
-_BYTES_PER_CALL = 64 * 2**20
+# Of the rows of one call on a mesh or from a stream; two calls' rows are held at a time.
+BYTES_PER_CALL = 64 * 2**20
 
 
-class _Call(Protocol):
+class Call(NamedTuple):
+    """Steps to take in one jitted call."""
+
+    epoch: int
+    batches: np.ndarray  # the rows of each step; [at least steps, batch]
+    steps: int
+    ends_chunk: bool
+    positions: Sequence[Any] = ()  # of a stream, after each step
+
     @property
-    def batches(self) -> np.ndarray: ...
+    def rows(self) -> int:
+        return self.steps * self.batches.shape[1]
 
 
-C = TypeVar("C", bound=_Call)
+def calls_of(
+    rows: int,
+    batch_size: int,
+    epochs: int,
+    every: int | None,
+    most: int,
+    key: jax.Array | None,
+    done: int,
+) -> Iterator[Call]:
+    """The calls of a run after the steps that are done; none crosses the end of a chunk."""
+    full, rest = divmod(rows, batch_size)
+    steps = full + (rest > 0)
+    every = every or steps
+    for epoch in range(done // steps, epochs):
+        order = np.arange(rows) if key is None else _shuffled(key, epoch, rows)
+        at = done - epoch * steps if epoch * steps < done else 0
+        while at < steps:
+            chunk_end = min((at // every + 1) * every, steps)
+            end = min(chunk_end, at + most, full) if at < full else steps
+            batches = order[at * batch_size : end * batch_size].reshape(end - at, -1)
+            # One shape for all calls of whole batches, that is one compilation.
+            room = min(most, every, full) - len(batches) if at < full else 0
+            padded = np.pad(batches, ((0, room), (0, 0)))
+            yield Call(epoch, padded, end - at, end == chunk_end)
+            at = end
+
+
+def _shuffled(key: jax.Array, epoch: int, rows: int) -> np.ndarray:
+    # By NumPy: the sort of `jax.random.permutation` takes longer to compile than a small head.
+    words = np.asarray(jax.random.key_data(key)).ravel()
+    return np.random.default_rng([*words, epoch]).permutation(rows)
 
 
 def steps_per_call(place: Placement, dataset: PyTree, batch_size: int, most: int) -> int:
@@ -36,12 +75,12 @@ def steps_per_call(place: Placement, dataset: PyTree, batch_size: int, most: int
     if not isinstance(place, OnMesh):
         return most
     batch = sum(nbytes(x) // len(x) for x in jax.tree.leaves(dataset)) * batch_size
-    return max(1, min(most, _BYTES_PER_CALL // max(batch, 1)))
+    return max(1, min(most, BYTES_PER_CALL // max(batch, 1)))
 
 
 def feed(
-    place: Placement, dataset: PyTree, calls: Iterator[C]
-) -> Iterator[tuple[C, PyTree, np.ndarray]]:
+    place: Placement, dataset: PyTree, calls: Iterator[Call]
+) -> Iterator[tuple[Call, PyTree, np.ndarray]]:
     """Yields each call with `data` and `batches`; step `i` is to take `data[batches[i]]`."""
     if not isinstance(place, OnMesh):
         data = jax.tree.map(jnp.asarray, dataset)
@@ -50,7 +89,7 @@ def feed(
         return
     host = jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, dataset)
     with ThreadPoolExecutor(1, "rows") as pool:
-        coming: tuple[C, Future[PyTree]] | None = None
+        coming: tuple[Call, Future[PyTree]] | None = None
         for call in calls:
             ready, coming = coming, (call, pool.submit(_gather, place, host, call.batches))
             if ready:
@@ -59,7 +98,7 @@ def feed(
             yield _fed(*coming)
 
 
-def _fed(call: C, data: Future[PyTree]) -> tuple[C, PyTree, np.ndarray]:
+def _fed(call: Call, data: Future[PyTree]) -> tuple[Call, PyTree, np.ndarray]:
     return call, data.result(), np.arange(len(call.batches))
 
 

@@ -52,6 +52,17 @@ def from_first(value: Any) -> Any:
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(text)).tobytes())
 
 
+def of_all(value: Any) -> list[Any]:
+    """What each process has, in all of them; anything that JSON can hold."""
+    if not several():
+        return [value]
+    from jax.experimental import multihost_utils
+
+    text = json.dumps(value).encode()
+    padded = np.frombuffer(text.ljust(greatest(len(text))), np.uint8)
+    return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
+
+
 def whole(x: Any) -> np.ndarray:
     """An array in host memory, gathered where no process has all of it."""
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:

@@ -9,12 +9,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxgrad._messages import count, listed, spec
 from jaxgrad._runs import Saved
 from jaxgrad._select import PyTree, flatten, is_array, paths
 from jaxgrad._store import CheckpointError, check_fit
+from jaxgrad._stream import Position
 
 
 def restore_params(saved: Saved, params: PyTree, where: str) -> PyTree:
@@ -56,6 +58,17 @@ def refuse_other_settings(saved: Saved, settings: dict[str, Any], where: str) ->
                 f"the run in '{where}' has {name} {then}, and this call {now}: its next step would "
                 "be of other rows. Call fit as the run was called, or start a new one."
             )
+
+
+def position_of(saved: Saved, where: str) -> Position:
+    """How far this process had read a stream."""
+    positions = saved.record["positions"]
+    if len(positions) != jax.process_count() and positions[0] != list(Position()):
+        raise CheckpointError(
+            f"the run in '{where}' read a stream in {len(positions)} processes, each its own part, "
+            f"and now there are {jax.process_count()}. Resume with as many."
+        )
+    return Position(*positions[min(jax.process_index(), len(positions) - 1)])
 
 
 def _line(saved: Saved, trainable: PyTree, needed: dict[str, Any], kept: dict[str, str]) -> str:

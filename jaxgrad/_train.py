@@ -16,7 +16,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -25,15 +25,21 @@ import optax
 from jax.sharding import Mesh
 
 from jaxgrad._autograd import split_for_grad
-from jaxgrad._feed import feed, steps_per_call
+from jaxgrad._feed import Call, calls_of, feed, steps_per_call
 from jaxgrad._optim import ParamGroups, ParamGroupsState
-from jaxgrad._processes import is_first
-from jaxgrad._resume import refuse_other_settings, restore_opt_state, restore_params
+from jaxgrad._processes import is_first, of_all
+from jaxgrad._resume import (
+    position_of,
+    refuse_other_settings,
+    restore_opt_state,
+    restore_params,
+)
 from jaxgrad._runs import Checkpoints, Run
 from jaxgrad._select import PyTree, SelectionError, Wrt, merge, paths
 from jaxgrad._sharding import Placement, Rules, placement
 from jaxgrad._signals import Interrupted, agreed, caught_signals
 from jaxgrad._steps import compile_steps, make_plan, rows_of
+from jaxgrad._stream import Position, is_stream, stream
 
 Callback: TypeAlias = Callable[["TrainState"], Mapping[str, float] | None]
 
@@ -115,10 +121,14 @@ def fit(
         params: any pytree; it is left as it is.
         dataset: a pytree of arrays with one first axis, the rows. It is put on the device whole;
             with a `mesh`, of one device too, its rows are read when they are needed, and it may be
-            larger than the device's memory (`numpy.memmap`).
+            larger than the device's memory (`numpy.memmap`). Or anything to iterate over that
+            yields batches, as Grain's datasets and loaders do: it says what the rows of a step are
+            and in which order they come, an epoch is a pass over it, and of several processes
+            each is given its own rows, as many as the others.
         tx: any Optax transformation.
         epochs: how often to go through the rows.
-        batch_size: rows a step. A short last batch is a step too, and compiled once.
+        batch_size: rows a step, where the dataset is arrays. A short last batch is a step too, and
+            compiled once.
         key: a typed PRNG key to shuffle the rows with, anew each epoch. Without one they are
             taken in their order.
         wrt: what to train; see `select`. Without it, the groups of `tx` where that comes from
@@ -159,8 +169,8 @@ def fit(
             there is no `wrt`.
         GradientError: see `value_and_grad`.
         ValueError: the arrays of the dataset differ in their rows, a number is out of its range,
-            the loss needs a key and there is none, or `sharding` or `batch_size` does not fit the
-            mesh.
+            the loss needs a key and there is none, `sharding` or `batch_size` does not fit the
+            mesh, or there is a `checkpoint` and an iterator that can't say how far it has come.
 
     Example:
         >>> import jax.numpy as jnp, optax, jaxgrad as jg
@@ -183,7 +193,8 @@ def fit(
     ):
         if value is not None and value < least:
             raise ValueError(f"{name}={value}; it must be {least} or more.")
-    rows = rows_of(dataset)
+    streams = is_stream(dataset)
+    rows, batch_size = (0, 0) if streams else (rows_of(dataset), batch_size)
     place = placement(mesh, sharding, params, batch_size)
     wrt = _wrt_of(tx, params) if wrt is None else wrt
     noise = place.put(key) if _takes_key(loss, key) else None
@@ -193,22 +204,26 @@ def fit(
     with contextlib.ExitStack() as stack:
         run = _open(checkpoint, resume, place, stack)
         signals = stack.enter_context(caught_signals(run is not None))
-        begun, was_staged = _begin(run, params, wrt, tx, place, settings)
+        begun, was_staged, position = _begin(run, params, wrt, tx, place, settings)
         trainable, rest = split_for_grad(begun.params, wrt)
         if run:
             run.keep_frozen(rest)
-        ask = (None if was_staged is None else was_staged) if stage else False
+        ask = was_staged if stage and not streams else False
         plan = make_plan(
             loss, begun.params, wrt, dataset, batch_size, extra, epochs, ask, progress, place
         )
-        log = _Log(begun.step, begun.losses, [*begun.history])
+        log = _Log(begun.step, begun.losses, [*begun.history], position)
         # A call takes over the buffers it is given, and these are the caller's. Some optimizers
         # keep the parameters themselves in their state: a copy for each place.
         carry = _copied(place.put((trainable, begun.opt_state, jnp.int32(0))))
         pinned = place.pinned(carry)
         take_steps = compile_steps(plan.objective, bool(extra), tx, skip_nonfinite, pinned)
-        most = steps_per_call(place, plan.data, batch_size, _CALL)
-        calls = _calls(rows, batch_size, epochs, every, most, key, begun.step)
+        if streams:
+            calls = stream(place, dataset, epochs, every, _CALL, position, run is not None)
+        else:
+            most = steps_per_call(place, plan.data, batch_size, _CALL)
+            rows_to_take = calls_of(rows, batch_size, epochs, every, most, key, begun.step)
+            calls = feed(place, plan.data, rows_to_take)
 
         def state(carry: Any) -> TrainState:
             history = tuple(map(dict, log.history))
@@ -223,12 +238,15 @@ def fit(
                 history = [*map(dict, log.history)]  # it is written while the run goes on
                 record = {"step": log.step, "history": history, "settings": settings}
                 record |= {"trained": paths(trainable), "staged": plan.staged}
+                record |= {"positions": of_all(log.position)}
                 run.save(_copied(tree), record)
 
-        advance = stack.enter_context(_bar(epochs * rows, begun.step * batch_size, progress))
+        advance = stack.enter_context(
+            _bar(epochs * rows or None, begun.step * batch_size, progress)
+        )
         start = time.perf_counter()
         with contextlib.suppress(StopTraining):
-            for call, data, batches in feed(place, plan.data, calls):
+            for call, data, batches in calls:
                 carry, values, finite = take_steps(
                     carry, plan.held, data, batches, call.steps, noise, log.step
                 )
@@ -252,52 +270,6 @@ def fit(
     return state(carry)
 
 
-class _Call(NamedTuple):
-    """Steps to take in one jitted call."""
-
-    epoch: int
-    batches: np.ndarray  # the rows of each step; [at least steps, batch]
-    steps: int
-    ends_chunk: bool
-
-    @property
-    def rows(self) -> int:
-        return self.steps * self.batches.shape[1]
-
-
-def _calls(
-    rows: int,
-    batch_size: int,
-    epochs: int,
-    every: int | None,
-    most: int,
-    key: jax.Array | None,
-    done: int,
-) -> Iterator[_Call]:
-    """The calls of a run after the steps that are done; none crosses the end of a chunk."""
-    full, rest = divmod(rows, batch_size)
-    steps = full + (rest > 0)
-    every = every or steps
-    for epoch in range(done // steps, epochs):
-        order = np.arange(rows) if key is None else _shuffled(key, epoch, rows)
-        at = done - epoch * steps if epoch * steps < done else 0
-        while at < steps:
-            chunk_end = min((at // every + 1) * every, steps)
-            end = min(chunk_end, at + most, full) if at < full else steps
-            batches = order[at * batch_size : end * batch_size].reshape(end - at, -1)
-            # One shape for all calls of whole batches, that is one compilation.
-            room = min(most, every, full) - len(batches) if at < full else 0
-            padded = np.pad(batches, ((0, room), (0, 0)))
-            yield _Call(epoch, padded, end - at, end == chunk_end)
-            at = end
-
-
-def _shuffled(key: jax.Array, epoch: int, rows: int) -> np.ndarray:
-    # By NumPy: the sort of `jax.random.permutation` takes longer to compile than a small head.
-    words = np.asarray(jax.random.key_data(key)).ravel()
-    return np.random.default_rng([*words, epoch]).permutation(rows)
-
-
 @dataclasses.dataclass
 class _Log:
     """What has happened, and what has since the last record."""
@@ -305,12 +277,13 @@ class _Log:
     step: int
     losses: np.ndarray
     history: list[dict[str, float]]
+    position: Position  # in a stream
     rows: int = 0
     seconds: float = 0.0
     skipped: int = 0
     in_a_row: int = 0
 
-    def add(self, call: _Call, values: np.ndarray, finite: np.ndarray, skip: int) -> int | None:
+    def add(self, call: Call, values: np.ndarray, finite: np.ndarray, skip: int) -> int | None:
         """Adds a call; returns the first step of it that was one too many, if one was."""
         for i, good in enumerate(finite[: call.steps]):
             self.in_a_row = 0 if good else self.in_a_row + 1
@@ -319,10 +292,12 @@ class _Log:
                 # From here on nothing moved, nor in the steps before that were passed over.
                 losses = np.concatenate([self.losses, values[: i + 1]])
                 self.step += i - skip
+                self.position = dict(enumerate(call.positions)).get(i - skip - 1, self.position)
                 self.losses = losses[: self.step]
                 return i
         self.losses = np.concatenate([self.losses, values[: call.steps]])
         self.step += call.steps
+        self.position = (call.positions or [self.position])[-1]
         self.rows += call.rows
         return None
 
@@ -367,14 +342,15 @@ def _begin(
     tx: optax.GradientTransformation,
     place: Placement,
     settings: dict[str, Any],
-) -> tuple[TrainState, bool | None]:
-    """The state before the first step to take, and whether a run that goes on was staged."""
+) -> tuple[TrainState, bool | None, Position]:
+    """The state before the next step, whether the run was staged, how far it had read a stream."""
     params = place.put(params)
     saved = run.newest() if run else None
     if run is None or saved is None:
         trainable, _ = split_for_grad(params, wrt)
         opt_state = place.init(tx, trainable)
-        return TrainState(params, opt_state, 0, np.zeros(0, np.float32), (), ""), None
+        begun = TrainState(params, opt_state, 0, np.zeros(0, np.float32), (), "")
+        return begun, None, Position()
     where = str(run.root)
     refuse_other_settings(saved, settings, where)
     params = place.put(restore_params(saved, params, where))
@@ -384,7 +360,8 @@ def _begin(
     step = saved.record["step"]
     # With other leaves frozen, whether to stage is a new question.
     staged = saved.record["staged"] if paths(trainable) == saved.record["trained"] else None
-    return TrainState(params, opt_state, step, saved.losses, history, "", line), staged
+    begun = TrainState(params, opt_state, step, saved.losses, history, "", line)
+    return begun, staged, position_of(saved, where)
 
 
 def _wrt_of(tx: optax.GradientTransformation, params: PyTree) -> Wrt:
@@ -420,12 +397,13 @@ def _key_data(key: jax.Array | None) -> Any:
 
 def _copied(tree: PyTree) -> PyTree:
     # `jnp.copy` would be compiled for each shape.
-    return jax.tree.map(
-        lambda x: jax.device_put(x, may_alias=False) if isinstance(x, jax.Array) else x, tree
-    )
+    def copy(x: Any) -> Any:
+        return jax.device_put(x, x.sharding, may_alias=False) if isinstance(x, jax.Array) else x
+
+    return jax.tree.map(copy, tree)
 
 
-def _non_finite(call: _Call, bad: int, values: jax.Array, log: _Log) -> str:
+def _non_finite(call: Call, bad: int, values: jax.Array, log: _Log) -> str:
     rows = call.batches[bad]
     shown = ", ".join(map(str, rows[:6])) + ", ..." * (len(rows) > 6)
     what = "the loss is" if not np.isfinite(values[bad]) else "the gradient is not finite, the loss"
@@ -445,7 +423,7 @@ def _interrupted(run: Run | None, signal: Any, state: TrainState) -> Interrupted
 
 
 @contextlib.contextmanager
-def _bar(total: int, done: int, show: bool) -> Iterator[Callable[[int, str], None]]:
+def _bar(total: int | None, done: int, show: bool) -> Iterator[Callable[[int, str], None]]:
     """A progress bar on standard error, where that is a terminal."""
     from rich.console import Console
 

@@ -4,6 +4,7 @@ import functools
 import logging
 import shutil
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,11 +156,21 @@ def test_each_row_is_read_once_an_epoch_and_no_dataset_is_put_whole():
 
 
 def test_a_file_larger_than_a_call_may_hold(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxgrad._feed._BYTES_PER_CALL", 2 * 16 * 11 * 4)  # two steps
+    monkeypatch.setattr("jaxgrad._feed.BYTES_PER_CALL", 2 * 16 * 11 * 4)  # two steps
     _, dataset = make()
     np.save(tmp_path / "x.npy", dataset["x"])
     dataset["x"] = np.load(tmp_path / "x.npy", mmap_mode="r")
     close(run(dataset=dataset, mesh=mesh(1), every=None), on_one())
+
+
+def test_a_stream_is_split_over_the_devices():
+    _, data = make(RAGGED)
+    rows = [jax.tree.map(lambda x, i=i: x[i], data) for i in range(RAGGED)]
+    batches = grain.MapDataset.source(rows).batch(BATCH)
+    state = run(dataset=batches, mesh=mesh(), sharding="fsdp")
+    expected = run(dataset=data, key=None)
+    np.testing.assert_allclose(state.losses, expected.losses, rtol=1e-5)
+    assert state.step == expected.step
 
 
 def test_a_run_goes_on_to_the_same_bits_and_on_other_devices(tmp_path):

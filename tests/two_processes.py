@@ -24,6 +24,7 @@ def main() -> None:
     devices = 4 // options.processes
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
 
+    import grain
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -51,16 +52,20 @@ def main() -> None:
         return [whole(x).tobytes() for x in leaves]
 
     def signalled(state: jg.TrainState) -> None:
-        if state.step == 6 and options.process == options.processes - 1:
+        if state.step in (6, 7) and options.process == options.processes - 1:
             signal.raise_signal(signal.SIGTERM)
 
     # Prices at which even this model is worth staging.
     _report._COMPILATION, _report._STEP = 0.0, 0.0
     _cut.FLOPS_PER_BYTE = _report.FLOPS_PER_BYTE = 1e-6
+    # Of each batch of 16 rows, those that are this process's.
+    mine = np.arange(80).reshape(5, options.processes, -1)[:, jax.process_index()].ravel()
+    examples = [jax.tree.map(lambda x, i=i: x[i], dataset) for i in mine]
+    stream = grain.MapDataset.source(examples).batch(16 // options.processes)
     found: dict[str, Any] = {}
     for sharding in ("data", "fsdp"):
 
-        def run(wrt: str = "**", **more: Any) -> jg.TrainState:
+        def run(wrt: str = "**", dataset: Any = dataset, **more: Any) -> jg.TrainState:
             tx = jg.param_groups({wrt: optax.adam(0.01)})
             settings: Any = {"batch_size": 16, "every": 2, "epochs": 2}
             settings |= {"key": jax.random.key(0), "mesh": Mesh(np.array(jax.devices()), ("data",))}
@@ -86,6 +91,14 @@ def main() -> None:
         staged = run("head/**")
         result["staged"] = staged.staging.startswith("the frozen part runs once per row")
         result["staged losses"] = staged.losses.tolist()
+        streamed, directory = run(dataset=stream), options.directory / f"{sharding}-stream"
+        try:
+            run(dataset=stream, checkpoint=directory, callbacks=[signalled])
+        except jg.Interrupted as e:
+            result["stream interrupted"] = e.state.step
+        resumed = run(dataset=stream, checkpoint=directory, resume=True)
+        result["stream same bits"] = bits(resumed) == bits(streamed)
+        result["stream losses"] = streamed.losses.tolist()
         found[sharding] = result
     if jax.process_index() == 0:
         print(json.dumps(found))
