@@ -1,3 +1,4 @@
+import atexit
 import tempfile
 
 import jax
@@ -11,6 +12,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Many tests compile the same small programs: a cache of this session saves a third of its time.
 _cache = tempfile.TemporaryDirectory(prefix="jaxgrad-tests-")
+atexit.register(_cache.cleanup)
 jax.config.update("jax_compilation_cache_dir", _cache.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
