@@ -254,7 +254,14 @@ def test_a_taken_directory_is_told_before_the_training(runs, monkeypatch, capsys
 
 
 @pytest.mark.parametrize(
-    ("argv", "status"), [(["--help"], 0), (["finetune", "--help"], 0), (["fintune"], 2), ([], 2)]
+    ("argv", "status"),
+    [
+        (["--help"], 0),
+        (["finetune", "--help"], 0),
+        (["--tyro-print-completion", "bash"], 0),
+        (["fintune"], 2),
+        ([], 2),
+    ],
 )
 def test_command_line_errors_and_help(capsys, argv, status):
     with pytest.raises(SystemExit) as info:

@@ -17,6 +17,11 @@ Start with `jaxgrad finetune`: it trains an MLP on the handwritten digits 0 to 4
 but its head, and re-trains that on the digits 5 to 9. Nothing is downloaded, and it takes less
 than a minute. `jaxgrad inspect runs/finetuned` then shows what was trained and what was not,
 and `jaxgrad predict picture.png` reads a digit with the result.
+
+`jaxgrad COMMAND --help` teaches a command. Completion of options in the shell:
+
+$ jaxgrad --tyro-write-completion bash ~/.local/share/bash-completion/completions/jaxgrad
+$ jaxgrad --tyro-write-completion zsh ~/.zfunc/_jaxgrad
 """
 
 

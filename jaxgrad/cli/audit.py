@@ -22,13 +22,19 @@ class Audit:
     """Take a few steps of a fine-tune, and tell of each parameter what happens to it.
 
     Is its gradient computed, what does the optimizer store for it, does it move, and why? Exits
-    with status 1 where something leaks. `jaxgrad finetune` trains by --recipe param-groups; the
-    others are what people write in plain Optax:
+    with status 1 where something leaks.
 
-    split: differentiate the trained half, and initialise the optimizer on it.
-    partition: optax.partition, with optax.set_to_zero for what is frozen.
-    masked: optax.masked around the optimizer.
-    freeze-before, freeze-after: a masked optax.set_to_zero before the optimizer, or after it.
+    $ jaxgrad audit
+    $ jaxgrad audit --recipe masked --optimizer adamw
+    $ jaxgrad audit --from mnist_model.pt --train "fc3/**"
+
+    Of the recipes, `jaxgrad finetune` trains by param-groups; the others are what people write in
+    plain Optax:
+
+    - split: differentiate the trained half, and initialise the optimizer on it.
+    - partition: optax.partition, with optax.set_to_zero for what is frozen.
+    - masked: optax.masked around the optimizer.
+    - freeze-before, freeze-after: a masked optax.set_to_zero before the optimizer, or after it.
     """
 
     source: Annotated[Path, tyro.conf.arg(name="from", metavar="PATH")] = Path("runs/pretrained")

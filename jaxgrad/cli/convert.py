@@ -19,6 +19,10 @@ class Convert:
     OUT ends in .safetensors for safetensors, in .pt, .pth or .bin for a state dict, and is a
     directory for Orbax otherwise. PyTorch is not needed, and the code in a file is not run.
 
+    $ jaxgrad convert mnist_model.pt runs/mnist
+    $ jaxgrad convert runs/finetuned finetuned.safetensors
+    $ jaxgrad convert training.ckpt weights.pt --part state_dict
+
     From PyTorch to Orbax, a whole module whose layers run in a known order becomes a Flax model:
     paths by its names, kernels in Flax's layout, and `jaxgrad finetune --from OUT` takes it. Of a
     bare state dict nobody knows the layer types, so it keeps PyTorch's names and layouts; to put

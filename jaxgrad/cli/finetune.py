@@ -23,14 +23,18 @@ _PRETRAINED = Path("runs/pretrained")
 class Finetune(Training):
     """Freeze a pretrained model but for its head, and re-train that on other digits.
 
-    What is trained is said by patterns over the paths of the parameters: --train "head/**" trains
-    the head, --train "head/**" "layers/2/**" the last hidden layer too, and --train "**/bias" all
-    biases. `jaxgrad inspect MODEL` lists the paths. Everything else is frozen: no gradient, no
-    optimizer state, and the same bits afterwards.
+    What is trained is said by patterns over the paths of the parameters, which `jaxgrad inspect
+    MODEL` lists. Everything else is frozen: no gradient, no optimizer state, and the same bits
+    afterwards.
 
-    --from also takes a PyTorch file that holds a whole module (mnist_model.pt), without PyTorch
-    and without running its code. Where the file can't tell how the layers run, say it:
-    --forward flatten fc1 relu fc2 relu fc3, with layers by name and functions of jax.nn.
+    $ jaxgrad finetune
+    $ jaxgrad finetune --train "head/**" "layers/1/**" --epochs 50 --schedule cosine
+    $ jaxgrad finetune --train "**/bias" --checkpoint runs/biases --resume
+    $ jaxgrad finetune --from mnist_model.pt --data mnist/
+
+    A PyTorch file that holds a whole module is read without PyTorch and without running its code.
+    Where it can't tell how its layers run, say `--forward flatten fc1 relu fc2 relu fc3`: layers
+    by name, and functions of jax.nn.
     """
 
     source: Annotated[Path | None, tyro.conf.arg(name="from", metavar="PATH")] = None

@@ -18,6 +18,9 @@ class Graph:
     """Draw a model's loss: its parameters and operations, what is trained, and what is frozen.
 
     The value that a staged fine-tune stores, where the frozen part ends, is marked.
+
+    $ jaxgrad graph --out mlp.svg
+    $ jaxgrad graph --from runs/finetuned --train "layers/1/**" "head/**" --depth 1 --out mlp.png
     """
 
     source: Annotated[Path, tyro.conf.arg(name="from", metavar="PATH")] = Path("runs/pretrained")

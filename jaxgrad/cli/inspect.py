@@ -13,10 +13,14 @@ from jaxgrad.cli._table import table
 class Inspect:
     """List the paths, shapes, dtypes and bytes of a checkpoint, and which parts were trained.
 
-    The paths are what the patterns of `jaxgrad finetune --train` match. A directory is a
-    checkpoint: of jaxgrad, or any tree that Orbax saved. A file is PyTorch's (.pt, .pth, .bin,
-    .safetensors, or the .index.json of a sharded model): read without PyTorch, and without
-    running the code that such a file may hold. Arrays are not read.
+    The paths are what the patterns of `jaxgrad finetune --train` match.
+
+    $ jaxgrad inspect runs/finetuned
+    $ jaxgrad inspect mnist_model.pt
+
+    A directory is a checkpoint: of jaxgrad, or any tree that Orbax saved. A file is PyTorch's, or
+    safetensors, or the index of a sharded model (model.safetensors.index.json): read without
+    PyTorch, and without running the code that such a file may hold. Arrays are not read.
     """
 
     path: tyro.conf.Positional[Path]

@@ -19,7 +19,10 @@ class Predict:
     """Read digits from image files (PNG, JPEG, ...) or arrays (.npy, .npz).
 
     Images are turned grey and resized to the model's; arrays hold one image or many. The models
-    know light digits on a dark ground, as MNIST has them: use --invert for ink on paper.
+    know light digits on a dark ground, as MNIST has them: use `--invert` for ink on paper.
+
+    $ jaxgrad predict digit.png
+    $ jaxgrad predict scans/*.jpg --invert --from runs/pretrained
     """
 
     files: tyro.conf.Positional[tuple[Path, ...]]

@@ -18,7 +18,10 @@ class Pretrain(Training):
     """Train an MLP on handwritten digits, by default 0 to 4, and save it.
 
     The saved model is what `jaxgrad finetune` starts from. All its parameters are trained, with
-    SGD and momentum. Without --data the digits are the 1,797 that come with scikit-learn.
+    SGD and momentum. Without `--data` the digits are the 1,797 that come with scikit-learn.
+
+    $ jaxgrad pretrain --hidden 512 512 --epochs 40
+    $ jaxgrad pretrain --data fashion-mnist/ --classes 0 1 2 3 4 --out runs/fashion
     """
 
     out: Path = Path("runs/pretrained")
