@@ -78,15 +78,18 @@ def functional(
     Returns:
         `(apply, params)`.
 
-        - `params` is a dict of arrays (NNX: the `nnx.Param` variables; Linen: the collection
-          `params`). Parameters tied in the module are one leaf.
-        - `apply(params, *args, stats=None, **kwargs)` returns the output in inference mode: no
-          dropout, running statistics.
-        - `apply.train(params, *args, stats=None, key=None, **kwargs)` returns
-          `(output, stats)`, in training mode where `wrt` trains. Pass the new statistics to the
-          next call, and a typed PRNG key where the model draws random numbers. A Linen model
-          may have a flag of its own (`train=True`), which decides for its trained layers: pass it.
-        - `apply.stats` are the statistics that the model had, taken where `stats` is not given.
+        `params` is a dict of arrays (NNX: the `nnx.Param` variables; Linen: the collection
+        `params`). Parameters tied in the module are one leaf.
+
+        `apply(params, *args, stats=None, **kwargs)` returns the output in inference mode: no
+        dropout, running statistics.
+
+        `apply.train(params, *args, stats=None, key=None, **kwargs)` returns `(output, stats)`, in
+        training mode where `wrt` trains. Pass the new statistics to the next call, and a typed
+        PRNG key where the model draws random numbers. A Linen model may have a flag of its own
+        (`train=True`), which decides for its trained layers: pass it.
+
+        `apply.stats` are the statistics that the model had, taken where `stats` is not given.
 
     Raises:
         TypeError: `model` is no Flax module, or `variables` are missing.
