@@ -13,6 +13,7 @@ equation (`_rows.py`).
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -85,6 +86,8 @@ class Varying:
 Place: TypeAlias = Constant | PerExample | Varying
 Sizes: TypeAlias = tuple[int, int]
 
+_CELL = re.compile(r"^.*[/\\]ipykernel_\d+[/\\]\d+\.py:")  # a file that is not there
+
 
 class Misaligned(Exception):  # noqa: N818
     """Two traces of one function are not the same equations; the message says where."""
@@ -141,7 +144,8 @@ def classify(
 
 def whence(eqn: jex.JaxprEqn) -> tuple[str, str]:
     """The source line and the scope (Flax module, named scope) of an equation."""
-    return source_info_util.summarize(eqn.source_info), str(eqn.source_info.name_stack)
+    source = _CELL.sub("notebook cell:", source_info_util.summarize(eqn.source_info))
+    return source, str(eqn.source_info.name_stack)
 
 
 def align(first: jex.Jaxpr, second: jex.Jaxpr) -> dict[jex.Var, jex.Var]:

@@ -66,7 +66,7 @@ def train(directory: Path, epochs: int, address: list[str]) -> str:
         key=jax.random.key(0),
         mesh=mesh,
         sharding="fsdp" if mesh else "data",
-        callbacks=[lambda state: print(state.step, flush=True)],
+        callbacks=[lambda state: print("step", state.step, flush=True)],
         checkpoint=jg.Checkpoints(directory, keep=2, best=1),
         resume=True,
         progress=False,
@@ -101,12 +101,14 @@ def kill_again_and_again(
     directory: Path, epochs: int, kills: int, seed: int, processes: int = 1
 ) -> dict[str, int]:
     """Kills so many lives of a run, and says at what moments."""
-    moments = {"kills": 0, "in a save": 0, "in a deletion": 0}
+    moments = {"kills": 0, "in a save": 0, "in a deletion": 0, "steps saved": 0}
     draw = random.Random(seed)
     while moments["kills"] < kills:
         with contextlib.ExitStack() as stack:
             running = [stack.enter_context(p) for p in life(directory, epochs, processes)]
-            running[0].stdout.readline()
+            for line in running[0].stdout:  # Gloo says something there, too
+                if line.startswith("step"):
+                    break
             time.sleep(draw.uniform(0.0, 1.0))
             ended = running[0].poll() is not None
             draw.shuffle(running)
@@ -119,6 +121,7 @@ def kill_again_and_again(
         moments["kills"] += 1
         moments["in a save"] += any("tmp" in name for name in names)
         moments["in a deletion"] += any(name.endswith(".gone") for name in names)
+        moments["steps saved"] = max((int(name) for name in names if name.isdecimal()), default=0)
     return moments
 
 

@@ -33,6 +33,13 @@ def test_equations_have_scope_line_and_cost(graph):
     assert (product.flops, tanh.flops, graph.flops) == (2 * 5 * 3 * 4, 20, 120 + 20 + 20 + 20 + 2)
 
 
+def test_a_line_of_a_notebook():
+    cell = compile("def twice(x):\n    return 2 * x", "/tmp/ipykernel_71/2891.py", "exec")
+    exec(cell, names := {})
+    (product,) = jg.trace(names["twice"], jnp.ones(3)).equations
+    assert product.source == "notebook cell:2:11 (twice)"
+
+
 def test_equations_name_what_they_take(graph):
     assert graph.equations[0].inputs == ("x", "params/w")
     assert graph.equations[2].inputs == ("%1", "0.0")
