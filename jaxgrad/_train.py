@@ -52,13 +52,14 @@ class NonFiniteLossError(ArithmeticError):
 
     Attributes:
         state: the `TrainState` before the step, the last good one.
+        rows: the numbers of the step's rows in the dataset, `int[batch]`; of a stream, in its pass.
     """
 
     __module__ = "jaxgrad"
 
-    def __init__(self, message: str, state: "TrainState") -> None:
+    def __init__(self, message: str, state: "TrainState", rows: np.ndarray) -> None:
         super().__init__(message)
-        self.state = state
+        self.state, self.rows = state, rows
 
 
 class StopTraining(Exception):  # noqa: N818 - it reports no error, as StopIteration
@@ -254,7 +255,8 @@ def fit(
                 log.seconds += time.perf_counter() - start
                 if lost is not None:
                     save()
-                    raise NonFiniteLossError(_non_finite(call, lost, values, log), state(carry))
+                    message = _non_finite(call, lost, values, log)
+                    raise NonFiniteLossError(message, state(carry), call.batches[lost])
                 advance(call.rows, f"epoch {call.epoch + 1}  {log.line}")
                 if call.ends_chunk:
                     log.close_chunk(call.epoch)
@@ -412,8 +414,9 @@ def _non_finite(call: Call, bad: int, values: jax.Array, log: _Log) -> str:
     return (
         f"{what} {values[bad]} at step {log.step + log.in_a_row - 1} (epoch {call.epoch + 1}, rows "
         f"{shown} of the dataset){streak}.{before} Look at these rows, lower the learning rate, or "
-        "clip the gradients (optax.clip_by_global_norm). The state before it is in .state: "
-        "jaxgrad.find_nonfinite(loss, error.state.params, batch) names the operation."
+        "clip the gradients (optax.clip_by_global_norm). The state before it is in .state, the "
+        "rows are in .rows: jaxgrad.find_nonfinite(loss, error.state.params, batch) names the "
+        "operation."
     )
 
 

@@ -220,10 +220,13 @@ def test_a_loss_that_is_no_number_is_named():
     assert str(info.value) == (
         "the loss is nan at step 3 (epoch 1, rows 12, 13, 14, 15 of the dataset). The loss before "
         "it was 0. Look at these rows, lower the learning rate, or clip the gradients "
-        "(optax.clip_by_global_norm). The state before it is in .state: "
+        "(optax.clip_by_global_norm). The state before it is in .state, the rows are in .rows: "
         "jaxgrad.find_nonfinite(loss, error.state.params, batch) names the operation."
     )
     assert info.value.state.step == 3
+    assert info.value.rows.tolist() == [12, 13, 14, 15]
+    found = jg.find_nonfinite(loss, info.value.state.params, {"x": dataset["x"][info.value.rows]})
+    assert found and found.operation.primitive == "log"
     assert info.value.state.params == 1.0
 
 
