@@ -206,7 +206,8 @@ def test_layers_that_run_in_an_order_of_ones_own(tmp_path, capsys):
         (["predict", "--from", "{}/pretrained", "{}/empty.npy"], "'{}/empty.npy' can't be read"),
         (["predict", "--from", "{}/pretrained", "{}/junk.npz"], "'{}/junk.npz' can't be read"),
         (["predict", "--from", "{}/other", "{}/small.npy"], "was not saved by `jaxgrad pretrain`"),
-        (["finetune", "--from", "{}/nowhere"], "no checkpoint at '{}/nowhere'"),
+        (["finetune", "--from", "{}/nowhere"], "no model at '{}/nowhere': make one with"),
+        (["convert", "{}/nowhere", "{}/x"], "no file and no checkpoint at '{}/nowhere'."),
         (
             ["finetune", "--from", "{}/pretrained", "--train", "haed/**"],
             "wrt pattern 'haed/**' matches no leaf. Did you mean 'head/**'",

@@ -68,6 +68,11 @@ class Classifier:
         """A model that a command saved, or that a PyTorch file holds."""
         if path.is_file():
             return cls.from_torch(jg.torch.read(path), forward)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"no model at '{path}': make one with `jaxgrad pretrain` or `jaxgrad finetune`, or "
+                "name one that is there with --from."
+            )
         info = jg.inspect(path)
         kind = info.config.get("model")
         if kind == "mlp":

@@ -47,6 +47,8 @@ class Convert:
 
         if self.out.exists() and not self.overwrite:
             raise FileExistsError(f"'{self.out}' exists; pass --overwrite to replace it.")
+        if not self.source.exists():
+            raise FileNotFoundError(f"no file and no checkpoint at '{self.source}'.")
         to_torch = self.out.suffix in _TORCH_SUFFIXES
         if not self.source.is_file():
             if not to_torch:
