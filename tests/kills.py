@@ -106,7 +106,7 @@ def kill_again_and_again(
     while moments["kills"] < kills:
         with contextlib.ExitStack() as stack:
             running = [stack.enter_context(p) for p in life(directory, epochs, processes)]
-            for line in running[0].stdout:  # Gloo says something there, too
+            for line in running[0].stdout or ():  # Gloo says something there, too
                 if line.startswith("step"):
                     break
             time.sleep(draw.uniform(0.0, 1.0))
