@@ -60,6 +60,18 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), f"{page}: {target}"
 
 
+def test_code_runs_but_where_it_takes_a_cluster():
+    unrun = [
+        (page.name, block.splitlines()[0])
+        for page in [DOCS / "index.md", *sorted((DOCS / "guides").glob("*.md"))]
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.M | re.S)
+        if language != "sh" and not block.startswith(">>> ")
+    ]
+    (only,) = unrun
+    assert only[0] == "devices.md"
+    assert only[1].startswith("jax.distributed.initialize()")
+
+
 def test_the_errors_that_are_explained_are_those_that_are_raised():
     source = "".join(
         re.sub(r'"\s*\n\s*f?"', "", path.read_text()) for path in (ROOT / "jaxgrad").rglob("*.py")
