@@ -66,10 +66,10 @@ def stall(repeats: int) -> None:
     import jaxgrad as jg
 
     print("width  params   ms/step   with a save per 100 steps, median (quartiles)")
-    for width, pairs in ((512, 10 * repeats), (1024, 4 * repeats)):
+    for width, pairs in ((128, 40), (256, 20), (512, 10), (1024, 4)):
         with tempfile.TemporaryDirectory() as folder:
             run = jg.Checkpoints(folder, every=20)  # of 10 steps each: in every other hundred
-            times = hundreds(width, 256, 200 * pairs + 100, checkpoint=run)
+            times = hundreds(width, 256, 200 * pairs * repeats + 100, checkpoint=run)
         saved, plain = times[1::2], times[2::2]  # the first save is after two hundred steps
         longer = [a / b - 1 for a, b in zip(saved, plain, strict=False)]
         low, middle, high = statistics.quantiles(longer, n=4)

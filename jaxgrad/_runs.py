@@ -3,11 +3,11 @@
     runs/head/frozen/<digest>   the frozen parameters, stored once and named by their content
     runs/head/steps/<step>      what is trained, optimizer state, losses, and a record of the rest
 
-A step costs what is trained, and refers to the frozen part by its digest. Orbax writes each
-directory under another name and renames it when it is complete; what is no longer kept is renamed
-before it is deleted. So at no moment does a kill leave a part of a step where a step is looked
-for. A disk can still damage what was whole: every array has a checksum, and a step that does not
-match is passed over for the one before.
+A step costs what is trained, and refers to the frozen part by its digest. Each directory is written
+under another name and renamed when it is complete; what is no longer kept is renamed before it is
+deleted. So at no moment does a kill leave a part of a step where a step is looked for. A disk can
+still damage what was whole: every array has a checksum, and a step that does not match is passed
+over for the one before.
 """
 
 import dataclasses
@@ -25,9 +25,10 @@ import numpy as np
 
 from jaxgrad._messages import listed, spec
 from jaxgrad._processes import barrier, from_first, greatest, is_first, several, whole
+from jaxgrad._safetensors import raw
 from jaxgrad._select import PyTree
 from jaxgrad._sharding import ShardingOf, on_one_device
-from jaxgrad._store import CheckpointError, decode, encode, load_arrays, nest, read, shapes
+from jaxgrad._store import CheckpointError, decode, encode, load_arrays, read, shapes, write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Run:
             try:
                 saved = self._read(path)
             except Exception as e:  # Orbax and TensorStore report damage by many types
-                why = " ".join(str(e).split())[:200]
+                why = " ".join(str(e).split())[:300]
             if greatest(saved is None):
                 if is_first():
                     warnings.warn(
@@ -261,12 +262,8 @@ def _under(node: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write(path: Path, tree: PyTree, record: Mapping[str, Any]) -> None:
     """Writes arrays with the record and their checksums."""
-    from orbax.checkpoint import v1 as ocp
-
     arrays, kinds = encode(tree)
-    full: Any = {**record, **kinds, "checksums": _checksums(arrays)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ocp.save(str(path), nest(arrays), custom_metadata=full)
+    write(path, arrays, {**record, **kinds, "checksums": _checksums(arrays)})
 
 
 def _restore(
@@ -280,11 +277,7 @@ def _restore(
 
 
 def _checksums(arrays: Mapping[str, Any]) -> dict[str, int]:
-    return {p: zlib.crc32(_bytes(x)) for p, x in arrays.items()}
-
-
-def _bytes(x: Any) -> bytes:
-    return whole(x).tobytes()
+    return {p: zlib.crc32(raw(whole(x))) for p, x in arrays.items()}
 
 
 def _digest(tree: PyTree) -> str:
@@ -293,7 +286,7 @@ def _digest(tree: PyTree) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for path, x in arrays.items():
         digest.update(f"{path} {spec(x)}\n".encode())
-        digest.update(_bytes(x))
+        digest.update(raw(whole(x)))
     return digest.hexdigest() if arrays else ""
 
 

@@ -1,12 +1,18 @@
 """Arrays on disk by path: what every checkpoint is made of.
 
-A tree is stored as nested dicts of its paths, so that the file doesn't depend on the class of the
-model, and anything that reads Orbax checkpoints reads it. Orbax casts dtypes in silence and reports
-a wrong structure far from its cause, so paths, shapes and dtypes are compared here. What it can't
-hold goes into a record beside the arrays: the kind of a PRNG key, the shape of an array without
-elements.
+Orbax stores a tree as nested dicts of its paths, so that the file doesn't depend on the class of
+the model, and anything that reads Orbax checkpoints reads it. A step of a run that one process
+holds is a safetensors file: Orbax takes some 50 ms of processor for a save however small, which is
+more than many a run has between two of them.
+
+Orbax casts dtypes in silence and reports a wrong structure far from its cause, so paths, shapes and
+dtypes are compared here. What neither can hold goes into a record beside the arrays: the kind of a
+PRNG key, the shape of an array without elements.
 """
 
+import json
+import shutil
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgrad import _safetensors
+from jaxgrad._files import sync_names, synced
 from jaxgrad._messages import listed, nearest, spec
 from jaxgrad._processes import several
 from jaxgrad._select import PyTree, flatten, is_array, is_key
@@ -28,8 +36,11 @@ class CheckpointError(ValueError):
     __module__ = "jaxgrad"
 
 
+_FILE = "arrays.safetensors"
+
+
 def encode(tree: PyTree) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arrays that Orbax stores for a tree, by path, and the record of what it can't."""
+    """The arrays that are stored for a tree, by path, and the record of what can't be."""
     flat = flatten(tree)
     named = [(p, x) for p, x in zip(flat.paths, flat.leaves, strict=True) if is_array(x)]
     _refuse_names([path for path, _ in named])
@@ -68,12 +79,37 @@ def shapes(
         return jax.eval_shape(lambda arrays: decode(arrays, record), dict(found))
 
 
-def read(path: Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
-    """The arrays that Orbax has stored, and our record beside them."""
-    from orbax.checkpoint import v1 as ocp
+def write(path: Path, arrays: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Writes a directory that is there when it is whole; all processes call it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if several() or not all(x.dtype.name in _safetensors.DTYPES for x in arrays.values()):
+        from orbax.checkpoint import v1 as ocp
 
+        ocp.save(str(path), nest(arrays), custom_metadata=dict(record))
+        return
+    text = json.dumps(record)
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.mkdir()
+    try:
+        with synced(unfinished / _FILE) as file:
+            metadata = {"record": text, "crc32": str(zlib.crc32(text.encode()))}
+            _safetensors.write(file, arrays, metadata)
+        sync_names(unfinished)
+        unfinished.rename(path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    sync_names(path.parent)
+
+
+def read(path: Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
+    """The arrays that are stored, and our record beside them."""
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at '{path}': there is no such directory.")
+    if (path / _FILE).is_file():
+        tensors, record = _read_file(path / _FILE)
+        return {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in tensors.items()}, record
+    from orbax.checkpoint import v1 as ocp
+
     try:
         found = ocp.metadata(str(path))
     except (ValueError, OSError, KeyError) as e:  # what Orbax raises for what is none, or damaged
@@ -89,16 +125,14 @@ def read(path: Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
 
 
 def load_arrays(path: Path, sharding_of: ShardingOf = on_one_device) -> dict[str, jax.Array]:
-    """The arrays that Orbax has stored, by path, each in its place."""
-    from orbax.checkpoint import v1 as ocp
-
+    """The arrays that are stored, by path, each in its place."""
     found, _ = read(path)
-    abstract = {
-        p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(p, x.shape))
-        for p, x in found.items()
-    }
-    loaded = flatten(ocp.load(str(path), nest(abstract)))
-    arrays = dict(zip(loaded.paths, loaded.leaves, strict=True))
+    shardings = {p: sharding_of(p, x.shape) for p, x in found.items()}
+    if (path / _FILE).is_file():
+        tensors, _ = _read_file(path / _FILE)
+        arrays = {p: _placed(x, shardings[p]) for p, x in tensors.items()}
+    else:
+        arrays = _load_orbax(path, found, shardings)
     for p, x in arrays.items():  # Orbax reads in threads, where `with jax.enable_x64` is not seen
         if x.dtype != found[p].dtype:
             raise CheckpointError(
@@ -106,6 +140,39 @@ def load_arrays(path: Path, sharding_of: ShardingOf = on_one_device) -> dict[str
                 "jax.config.update('jax_enable_x64', True)."
             )
     return arrays
+
+
+def _load_orbax(
+    path: Path,
+    found: Mapping[str, jax.ShapeDtypeStruct],
+    shardings: Mapping[str, jax.sharding.Sharding],
+) -> dict[str, jax.Array]:
+    from orbax.checkpoint import v1 as ocp
+
+    abstract = {
+        p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[p]) for p, x in found.items()
+    }
+    loaded = flatten(ocp.load(str(path), nest(abstract)))
+    return dict(zip(loaded.paths, loaded.leaves, strict=True))
+
+
+def _read_file(file: Path) -> tuple[Mapping[str, np.ndarray], dict[str, Any]]:
+    from jaxgrad.torch import TorchFileError
+    from jaxgrad.torch import read as read_tensors
+
+    try:
+        found = read_tensors(file)
+    except TorchFileError as e:
+        raise CheckpointError(f"the checkpoint is damaged: {e}") from e
+    text = found.values.get("record", "")
+    if found.values.get("crc32") != str(zlib.crc32(text.encode())):
+        raise CheckpointError(f"the checkpoint is damaged: {file}: its record is not whole")
+    return found.tensors, json.loads(text)
+
+
+def _placed(x: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array of a file in its place; each process reads its part, and none keeps the file."""
+    return jax.make_array_from_callback(x.shape, sharding, lambda part: np.array(x[part]))
 
 
 def check_fit(path: Path, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

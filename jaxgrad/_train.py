@@ -206,45 +206,44 @@ def fit(
         run = _open(checkpoint, resume, place, stack)
         signals = stack.enter_context(caught_signals(run is not None))
         begun, was_staged, position = _begin(run, params, wrt, tx, place, settings)
+        done, resumed = begun.step, begun.resumed
         trainable, rest = split_for_grad(begun.params, wrt)
+        trained = paths(trainable)
         if run:
             run.keep_frozen(rest)
         ask = was_staged if stage and not streams else False
         plan = make_plan(
             loss, begun.params, wrt, dataset, batch_size, extra, epochs, ask, progress, place
         )
-        log = _Log(begun.step, begun.losses, [*begun.history], position)
+        log = _Log(done, begun.losses, [*begun.history], position)
         # A call takes over the buffers it is given, and these are the caller's. Some optimizers
         # keep the parameters themselves in their state: a copy for each place.
         carry = _copied(place.put((trainable, begun.opt_state, jnp.int32(0))))
+        del params, begun, trainable  # what is trained is there once, but for the caller's own
         pinned = place.pinned(carry)
         take_steps = compile_steps(plan.objective, bool(extra), tx, skip_nonfinite, pinned)
         if streams:
             calls = stream(place, dataset, epochs, every, _CALL, position, run is not None)
         else:
             most = steps_per_call(place, plan.data, batch_size, _CALL)
-            rows_to_take = calls_of(rows, batch_size, epochs, every, most, key, begun.step)
+            rows_to_take = calls_of(rows, batch_size, epochs, every, most, key, done)
             calls = feed(place, plan.data, rows_to_take)
 
         def state(carry: Any) -> TrainState:
             history = tuple(map(dict, log.history))
             params = merge(carry[0], rest)
-            return TrainState(
-                params, carry[1], log.step, log.losses, history, plan.line, begun.resumed
-            )
+            return TrainState(params, carry[1], log.step, log.losses, history, plan.line, resumed)
 
         def save() -> None:
             if run:
                 tree = {"trained": carry[0], "opt_state": carry[1], "losses": log.losses}
                 history = [*map(dict, log.history)]  # it is written while the run goes on
                 record = {"step": log.step, "history": history, "settings": settings}
-                record |= {"trained": paths(trainable), "staged": plan.staged}
+                record |= {"trained": trained, "staged": plan.staged}
                 record |= {"positions": of_all(log.position)}
                 run.save(_copied(tree), record)
 
-        advance = stack.enter_context(
-            _bar(epochs * rows or None, begun.step * batch_size, progress)
-        )
+        advance = stack.enter_context(_bar(epochs * rows or None, done * batch_size, progress))
         start = time.perf_counter()
         with contextlib.suppress(StopTraining):
             for call, data, batches in calls:

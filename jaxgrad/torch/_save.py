@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxgrad import _safetensors
+from jaxgrad._files import replacing
 from jaxgrad.torch import _decide, _layouts, _names, _write
 from jaxgrad.torch._flax import Layer, Tree, read_tree
 from jaxgrad.torch._layouts import Part
@@ -83,13 +85,13 @@ def save_tensors(tensors: Mapping[str, Any], path: str | os.PathLike[str]) -> No
     if kind is None:
         raise MappingError(f"{path.name!r} should end in one of {', '.join(_FORMATS)}")
     for name, x in tensors.items():
-        if x.dtype.name not in _write.DTYPES[kind]:
+        if x.dtype.name not in (_write.DTYPES if kind == "pt" else _safetensors.DTYPES):
             raise MappingError(f"{_names.describe(name, x)}: a {kind} file holds no {x.dtype}")
-    with _write.replacing(path) as file:
+    with replacing(path) as file:
         if kind == "pt":
             _write.write_state_dict(file, tensors)
         else:
-            _write.write_safetensors(file, tensors)
+            _safetensors.write(file, tensors, {"format": "pt"})
 
 
 def to_torch(

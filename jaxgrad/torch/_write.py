@@ -1,25 +1,17 @@
-"""The two file formats that are written: a PyTorch state dict and safetensors.
+"""A PyTorch state dict as `torch.save` writes it, without PyTorch.
 
-Both are a table in front of raw little-endian bytes. `torch.save` writes a stored zip with a
-protocol-2 pickle that names PyTorch's functions; they are only named here, so no PyTorch is needed
-to write them. A safetensors file is a JSON header and the bytes behind it; the library of that name
-neither writes NumPy's 8-bit floats nor lets a large file go out array by array.
-
-A file appears whole or not at all: it is written under another name in the same directory, forced
-to the disk, and renamed.
+A stored zip of raw little-endian bytes and a protocol-2 pickle that names PyTorch's functions; they
+are only named here, so no PyTorch is needed to write them.
 """
 
-import contextlib
-import json
-import os
-import secrets
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import IO
 
 import numpy as np
+
+from jaxgrad._safetensors import raw
 
 _STORAGES = {
     "float64": "DoubleStorage",
@@ -40,64 +32,10 @@ _UNTYPED = {
     *("uint16", "uint32", "uint64"),
     *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
 }
-_SAFETENSORS = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e8m0fnu": "F8_E8M0",
-    "complex64": "C64",
-    "bool": "BOOL",
-    **{
-        f"{kind}{bits}": f"{kind[0].upper()}{bits}"
-        for kind in ("int", "uint")
-        for bits in (8, 16, 32, 64)
-    },
-}
-DTYPES = {"pt": {*_STORAGES, *_UNTYPED}, "safetensors": {*_SAFETENSORS}}
-"""Names of the dtypes that each format holds."""
+DTYPES = {*_STORAGES, *_UNTYPED}
+"""Names of the dtypes that it holds."""
 
 _ALIGNMENT = 64
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A new file that takes the place of `path` once it is whole and on the disk."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the renaming itself lies in the directory
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-
-def write_safetensors(file: IO[bytes], tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes tensors in the order of the mapping."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, x in tensors.items():
-        start, end = end, end + x.nbytes
-        header[name] = {
-            "dtype": _SAFETENSORS[x.dtype.name],
-            "shape": list(x.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)) + text)
-    for x in tensors.values():
-        file.write(_bytes(x))
 
 
 def write_state_dict(file: IO[bytes], tensors: Mapping[str, np.ndarray]) -> None:
@@ -114,7 +52,7 @@ def write_state_dict(file: IO[bytes], tensors: Mapping[str, np.ndarray]) -> None
         _entry(archive, file, "archive/data.pkl", b"".join(pickled))
         _entry(archive, file, "archive/byteorder", b"little")
         for key, x in stored.items():
-            _entry(archive, file, f"archive/data/{key}", _bytes(x))
+            _entry(archive, file, f"archive/data/{key}", raw(x))
         _entry(archive, file, "archive/version", b"3\n")
 
 
@@ -127,13 +65,6 @@ def _entry(archive: zipfile.ZipFile, file: IO[bytes], name: str, data: bytes | m
     info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
     with archive.open(info, "w", force_zip64=large) as entry:
         entry.write(data)
-
-
-def _bytes(x: np.ndarray) -> memoryview:
-    x = np.ascontiguousarray(x).reshape(-1)
-    if not x.dtype.isnative:
-        x = x.astype(x.dtype.newbyteorder("="))
-    return x.view(np.uint8).data
 
 
 # The pickle: `_rebuild_tensor_v2(storage, offset, size, stride, False, OrderedDict())`, in opcodes.
