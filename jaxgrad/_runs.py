@@ -12,6 +12,7 @@ over for the one before.
 
 import dataclasses
 import hashlib
+import json
 import shutil
 import warnings
 import zlib
@@ -102,6 +103,7 @@ class Run:
                 "choose another directory."
             )
         self._metrics: dict[int, float] = {}
+        self._history: list[str] = []  # as JSON: each save has all of it
         self._digest = ""
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
@@ -193,7 +195,9 @@ class Run:
         path = self._steps / str(record["step"])
         if is_first() and path.exists():
             _delete(path)
+        self._history += map(json.dumps, record["history"][len(self._history) :])
         about = {"frozen": self._digest, "config": dict(self.config.config)}
+        about |= {"history": f"[{','.join(self._history)}]"}
         _write(path, state, {**record, **about})
         if is_first():
             kept = self._kept()
@@ -204,6 +208,7 @@ class Run:
     def _read(self, path: Path) -> Saved:
         arrays, record = _restore(path, self.sharding_of)
         params = _frozen_part(self.root, record, self.sharding_of) | _under("trained", arrays)
+        record["history"] = json.loads(record["history"])
         losses = np.asarray(arrays["losses"])
         return Saved(params, _under("opt_state", arrays), losses, record)
 

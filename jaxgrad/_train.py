@@ -237,7 +237,7 @@ def fit(
         def save() -> None:
             if run:
                 tree = {"trained": carry[0], "opt_state": carry[1], "losses": log.losses}
-                history = [*map(dict, log.history)]  # it is written while the run goes on
+                history = [*log.history]  # it is written while the run goes on
                 record = {"step": log.step, "history": history, "settings": settings}
                 record |= {"trained": trained, "staged": plan.staged}
                 record |= {"positions": of_all(log.position)}
