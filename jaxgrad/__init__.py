@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jaxgrad._check_grads import GradCheck, check_grads
     from jaxgrad._checkpoint import CheckpointInfo, inspect, load, save
     from jaxgrad._ema import averaged_params, params_ema
+    from jaxgrad._features import Features
     from jaxgrad._graph import Equation, Graph, trace
     from jaxgrad._hook import HookError, hook
     from jaxgrad._layers import split_layers
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from jaxgrad._picture import Picture, graph
     from jaxgrad._precision import mixed_precision
     from jaxgrad._recipe import AuditError
+    from jaxgrad._report import Crossing, Report
     from jaxgrad._runs import Checkpoints
     from jaxgrad._signals import Interrupted
     from jaxgrad._stage import Staged, StageError, stage
@@ -39,7 +41,9 @@ __all__ = [
     "CheckpointError",
     "CheckpointInfo",
     "Checkpoints",
+    "Crossing",
     "Equation",
+    "Features",
     "GradCheck",
     "GradientError",
     "Graph",
@@ -52,6 +56,7 @@ __all__ = [
     "NonFiniteLossError",
     "ParamGroups",
     "Picture",
+    "Report",
     "SelectionError",
     "StageError",
     "Staged",
@@ -104,6 +109,7 @@ _LAZY = {
     "_check_grads": ("GradCheck", "check_grads"),
     "_checkpoint": ("CheckpointInfo", "inspect", "load", "save"),
     "_ema": ("averaged_params", "params_ema"),
+    "_features": ("Features",),
     "_graph": ("Equation", "Graph", "trace"),
     "_hook": ("HookError", "hook"),
     "_layers": ("split_layers",),
@@ -113,6 +119,7 @@ _LAZY = {
     "_picture": ("Picture", "graph"),
     "_precision": ("mixed_precision",),
     "_recipe": ("AuditError",),
+    "_report": ("Crossing", "Report"),
     "_runs": ("Checkpoints",),
     "_signals": ("Interrupted",),
     "_stage": ("Staged", "StageError", "stage"),

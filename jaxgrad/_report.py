@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from jax.extend import core as jex
 from jax.extend.core import primitives
@@ -57,7 +57,10 @@ class Report:
         refusals: equations that could not be staged, with the operations that hang on them.
         random: the first random operation among frozen ones, and the operations behind it.
         rows: the batch size that the prediction is for.
+        flops_per_byte: what it costs to read a byte, in operations.
     """
+
+    flops_per_byte: ClassVar[float] = FLOPS_PER_BYTE
 
     once: int
     step: int
@@ -86,11 +89,11 @@ class Report:
 
     @property
     def _before(self) -> float:
-        return self.unstaged + FLOPS_PER_BYTE * self.batch_bytes
+        return self.unstaged + self.flops_per_byte * self.batch_bytes
 
     @property
     def _after(self) -> float:
-        return self.step + FLOPS_PER_BYTE * sum(c.nbytes for c in self.crossing)
+        return self.step + self.flops_per_byte * sum(c.nbytes for c in self.crossing)
 
     def gain(self, examples: int, epochs: float) -> float:
         """Returns how many times faster the whole training is predicted to be.
@@ -103,7 +106,7 @@ class Report:
         """
         steps = _STEP * examples / self.rows
         before = epochs * (examples * self._before + steps)
-        once = examples * (self.once + FLOPS_PER_BYTE * (self.batch_bytes + self.nbytes))
+        once = examples * (self.once + self.flops_per_byte * (self.batch_bytes + self.nbytes))
         after = epochs * (examples * self._after + steps) + once + _COMPILATION
         return before / after
 

@@ -103,7 +103,7 @@ def stage(
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["constants"], meta_fields=["plan"]
+    jax.tree_util.register_dataclass, data_fields=["constants"], meta_fields=["_plan"]
 )
 @dataclasses.dataclass(frozen=True, repr=False)
 class Staged:
@@ -114,18 +114,17 @@ class Staged:
 
     Attributes:
         constants: what each step needs of the frozen parameters, computed where it could be.
-        plan: the split itself.
     """
 
     constants: tuple[jax.Array, ...]
-    plan: "_Plan"
+    _plan: "_Plan"
 
     def __repr__(self) -> str:
         return f"Staged: {self.report()}"
 
     def report(self) -> Report:
         """Returns what is computed once and what in every step, and what was refused and why."""
-        return self.plan.report
+        return self._plan.report
 
     def prepare(
         self,
@@ -165,7 +164,7 @@ class Staged:
                 f"features_dtype is {features_dtype!r}; expected one of "
                 f"{', '.join(map(repr, ENCODINGS))}."
             )
-        plan = self.plan
+        plan = self._plan
         leaves, total = plan.check_dataset(dataset)
         cut = plan.at(min(plan.split.rows, total))
         frozen = _prepare.Frozen(cut, plan.frozen_values(cut), leaves, features_dtype, sharding)
@@ -197,7 +196,7 @@ class Staged:
             StageError: `trainable` is not that half, or the loss computes something else for
                 this number of rows.
         """
-        plan = self.plan
+        plan = self._plan
         leaves = plan.check_trainable(trainable)
         cut = plan.at(len(features) if plan.split.crossing else plan.split.rows)
         stored = iter(features.values)

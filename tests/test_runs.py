@@ -423,7 +423,7 @@ def test_a_step_is_a_file_that_others_read(tmp_path):
 @pytest.mark.slow
 def test_kills(tmp_path):
     """The short form of `python -m tests.kills`."""
-    moments = kills.kill_again_and_again(tmp_path / "killed", epochs=150, kills=4, seed=0)
+    moments = kills.kill_again_and_again(tmp_path / "killed", epochs=1000, kills=4, seed=0)
     assert moments["kills"] == 4 and moments["steps saved"] > 0
-    digests = {kills.finished(tmp_path / name, epochs=150) for name in ("killed", "left")}
+    digests = {kills.finished(tmp_path / name, epochs=1000) for name in ("killed", "left")}
     assert len(digests) == 1
