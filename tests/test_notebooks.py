@@ -64,6 +64,9 @@ def problems(notebook: Any) -> Iterator[str]:
         for output in cell.outputs:
             if output.output_type == "error":
                 yield f"cell {n} failed: {output.ename}"
+        pictures = PICTURES & {k for o in cell.outputs for k in o.get("data", {})}
+        if pictures and not cell.metadata.get("alt"):
+            yield f"cell {n} shows a picture, and its metadata has no 'alt' to say which"
         for kind, text in [("source", cell.source), *texts(cell.outputs)]:
             if kind == "stderr":
                 yield f"cell {n} wrote to stderr: {text[:80]}"
@@ -93,7 +96,8 @@ def test_is_committed_executed(path):
         ("source", lambda nb: nb.cells[1].update(source="open('/tmp/x')")),
         ("stdout", lambda nb: nb.cells[1].outputs.append(stream("stdout", "in /home/me"))),
         ("at 0x", lambda nb: nb.cells[1].outputs.append(stream("stdout", "<f at 0x7f00>"))),
-        ("picture", lambda nb: nb.cells[1].outputs.clear()),
+        ("it shows no picture", lambda nb: nb.cells[1].outputs.clear()),
+        ("'alt'", lambda nb: nb.cells[1].metadata.clear()),
     ],
 )
 def test_problems_are_found(kind, spoil):
@@ -105,6 +109,7 @@ def test_problems_are_found(kind, spoil):
             nbformat.v4.new_code_cell(
                 "1 /2",
                 execution_count=1,
+                metadata={"alt": "a slash"},
                 outputs=[
                     # Pixels may spell anything.
                     nbformat.v4.new_output(
