@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 from jax.extend import core as jex
 from jax.extend.core import primitives
 
+from jaxgrad import _cut
 from jaxgrad._classify import Refusal, Varying, whence
-from jaxgrad._cut import FLOPS_PER_BYTE
 from jaxgrad._flops import aval, flops, nbytes, total
 from jaxgrad._inline import between
 from jaxgrad._split import Split
@@ -57,10 +57,7 @@ class Report:
         refusals: equations that could not be staged, with the operations that hang on them.
         random: the first random operation among frozen ones, and the operations behind it.
         rows: the batch size that the prediction is for.
-        flops_per_byte: what it costs to read a byte, in operations.
     """
-
-    flops_per_byte: ClassVar[float] = FLOPS_PER_BYTE
 
     once: int
     step: int
@@ -81,6 +78,11 @@ class Report:
     def staged(self) -> bool:
         """Whether there is anything that runs once per example."""
         return any(c.computed for c in self.crossing)
+
+    @property
+    def flops_per_byte(self) -> float:
+        """What it is taken to cost to read a byte, in operations."""
+        return _cut.FLOPS_PER_BYTE
 
     @property
     def speedup(self) -> float:

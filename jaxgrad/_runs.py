@@ -10,13 +10,14 @@ still damage what was whole: every array has a checksum, and a step that does no
 over for the one before.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import shutil
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
@@ -29,7 +30,16 @@ from jaxgrad._processes import barrier, from_first, greatest, is_first, several,
 from jaxgrad._safetensors import raw
 from jaxgrad._select import PyTree
 from jaxgrad._sharding import ShardingOf, on_one_device
-from jaxgrad._store import CheckpointError, decode, encode, load_arrays, read, shapes, write
+from jaxgrad._store import (
+    CheckpointError,
+    decode,
+    encode,
+    load_arrays,
+    read,
+    shapes,
+    write,
+    write_together,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +172,7 @@ class Run:
         """Stores the frozen parameters, unless they are there: the steps refer to them."""
         self._digest = _digest(frozen)
         if self._digest and not from_first((self._frozen / self._digest).exists()):
-            _write(self._frozen / self._digest, frozen, {})
+            write(self._frozen / self._digest, *_sealed(frozen, {}))
 
     def save(self, state: PyTree, record: dict[str, Any]) -> None:
         """Saves `{"trained", "opt_state", "losses"}` as `record["step"]`, in the background."""
@@ -172,16 +182,30 @@ class Run:
         for entry in record["history"][-1:]:
             self._rank(entry)
         self._last = record["step"]
-        self._pending = self._writer.submit(self._save, state, record)
-        if several():  # they meet in a save, and must not meet in a step meanwhile
-            self.wait()
+        path = self._steps / str(record["step"])
+        with self._explained():
+            self._history += map(json.dumps, record["history"][len(self._history) :])
+            record = record | {"history": f"[{','.join(self._history)}]"}
+            record |= {"frozen": self._digest, "config": dict(self.config.config)}
+            if is_first() and path.exists():
+                _delete(path)
+            if several():  # what they do together comes between two steps, in one order for all
+                response = write_together(path, *_sealed(state, record))
+                self._pending = self._writer.submit(self._finish, response)
+            else:
+                self._pending = self._writer.submit(self._save, path, state, record)
 
     def wait(self) -> None:
         """Waits for what is being saved, and raises what went wrong with it."""
         pending, self._pending = self._pending, None
-        try:
+        with self._explained():
             if pending is not None:
                 pending.result()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as e:
             steps = self.steps()
             last = f"the last whole step is {steps[-1]}" if steps else "there is no whole step"
@@ -191,19 +215,21 @@ class Run:
                 "room, or mend the rights, and continue with resume=True."
             ) from e
 
-    def _save(self, state: PyTree, record: dict[str, Any]) -> None:
-        path = self._steps / str(record["step"])
-        if is_first() and path.exists():
-            _delete(path)
-        self._history += map(json.dumps, record["history"][len(self._history) :])
-        about = {"frozen": self._digest, "config": dict(self.config.config)}
-        about |= {"history": f"[{','.join(self._history)}]"}
-        _write(path, state, {**record, **about})
+    def _save(self, path: Path, state: PyTree, record: Mapping[str, Any]) -> None:
+        write(path, *_sealed(state, record))
+        self._forget()
+
+    def _finish(self, response: Any) -> None:
+        response.result()
         if is_first():
-            kept = self._kept()
-            for step in self.steps():
-                if step not in kept:
-                    _delete(self._steps / str(step))
+            self._forget()
+
+    def _forget(self) -> None:
+        """Deletes the steps that are not kept."""
+        kept = self._kept()
+        for step in self.steps():
+            if step not in kept:
+                _delete(self._steps / str(step))
 
     def _read(self, path: Path) -> Saved:
         arrays, record = _restore(path, self.sharding_of)
@@ -265,10 +291,10 @@ def _under(node: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, tree: PyTree, record: Mapping[str, Any]) -> None:
-    """Writes arrays with the record and their checksums."""
+def _sealed(tree: PyTree, record: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arrays of a tree by path, and the record with their checksums."""
     arrays, kinds = encode(tree)
-    write(path, arrays, {**record, **kinds, "checksums": _checksums(arrays)})
+    return arrays, {**record, **kinds, "checksums": _checksums(arrays)}
 
 
 def _restore(

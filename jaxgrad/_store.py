@@ -101,6 +101,13 @@ def write(path: Path, arrays: Mapping[str, Any], record: Mapping[str, Any]) -> N
     sync_names(path.parent)
 
 
+def write_together(path: Path, arrays: Mapping[str, Any], record: Mapping[str, Any]) -> Any:
+    """Starts to write what several processes hold; the `result()` of what it returns waits."""
+    from orbax.checkpoint import v1 as ocp
+
+    return ocp.save_async(str(path), nest(arrays), custom_metadata=dict(record))
+
+
 def read(path: Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
     """The arrays that are stored, and our record beside them."""
     if not path.exists():

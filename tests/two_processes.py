@@ -57,7 +57,7 @@ def main() -> None:
 
     # Prices at which even this model is worth staging.
     _report._COMPILATION, _report._STEP = 0.0, 0.0
-    _cut.FLOPS_PER_BYTE = _report.FLOPS_PER_BYTE = 1e-6
+    _cut.FLOPS_PER_BYTE = 1e-6
     # Of each batch of 16 rows, those that are this process's.
     mine = np.arange(80).reshape(5, options.processes, -1)[:, jax.process_index()].ravel()
     examples = [jax.tree.map(lambda x, i=i: x[i], dataset) for i in mine]
