@@ -9,7 +9,6 @@ no torn file is ever read.
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+
+from jaxgrad._files import replacing
+from jaxgrad._safetensors import raw
 
 Specs = Sequence[jax.ShapeDtypeStruct]
 Compute = Callable[[int], Sequence[Any]]
@@ -176,14 +178,9 @@ class Layout:
 
     def write(self, file: int, arrays: Sequence[np.ndarray]) -> None:
         """Writes a file so that it is there whole or not at all."""
-        path = self.path(file)
-        unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
-        with open(unfinished, "wb") as f:
+        with replacing(self.path(file)) as f:
             for array in arrays:
-                f.write(array.tobytes())
-            f.flush()
-            os.fsync(f.fileno())  # the rename must not reach the disk before the bytes
-        os.replace(unfinished, path)
+                f.write(raw(array))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ and each sees what those before it have added.
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgrad._files import replacing
 from jaxgrad._processes import is_first
 from jaxgrad._select import PyTree
 from jaxgrad._steps import rows_of
@@ -179,9 +179,8 @@ def write_jsonl(path: str | PathLike[str]) -> Callback:
             with path.open("a") as file:
                 file.write(lines[-1])
             return
-        new = path.with_name(f".{path.name}.new-{os.getpid()}")
-        new.write_text("".join(lines))
-        new.replace(path)
+        with replacing(path) as file:
+            file.write("".join(lines).encode())
 
     return callback
 
