@@ -147,7 +147,7 @@ def main() -> None:
         print(train(options.train, options.epochs, options.address))
         return
     root = Path(tempfile.mkdtemp())
-    # One process saves ten times as fast as several that have to agree.
+    # Saves of several processes take longer, since they have to agree.
     epochs = options.epochs or (10_000 if options.processes == 1 else 2_000)
     run = {"epochs": epochs, "processes": options.processes}
     moments = kill_again_and_again(root / "killed", kills=options.kills, seed=options.seed, **run)
