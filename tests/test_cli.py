@@ -57,6 +57,7 @@ def test_finetune_reports_what_it_trains(runs, capsys):
     assert jg.inspect(runs / "b").trained == ("layers/0/bias",)
 
 
+@pytest.mark.slow
 def test_finetune_pretrains_where_there_is_nothing_to_start_from(tmp_path, monkeypatch, capsys):
     from jaxgrad.cli import pretrain
 

@@ -177,7 +177,15 @@ def test_every_loss_is_drawn_and_no_boxes_overlap(name):
         assert {line for n in picture.diagram.nodes.values() for line in lines(n)} <= texts
 
 
-@pytest.mark.parametrize("name", ["MLP, head", "ViT, head", "Linen module", "Equinox module"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "MLP, head",
+        pytest.param("ViT, head", marks=pytest.mark.slow),
+        "Linen module",
+        "Equinox module",
+    ],
+)
 def test_the_crossing_is_that_of_stage(name):
     case = CASES[name]()
     picture = jg.graph(case.loss, case.params, case.data, wrt=case.wrt)

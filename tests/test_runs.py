@@ -88,8 +88,7 @@ def killer(step):
 
 
 @pytest.mark.parametrize(
-    "step",
-    [pytest.param(2, marks=pytest.mark.slow), 5, 9, pytest.param(12, marks=pytest.mark.slow)],
+    "step", [9, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5, 12))]
 )
 def test_a_run_goes_on_to_the_same_bits(tmp_path, step):
     with pytest.raises(KillError):
