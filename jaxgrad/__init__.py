@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jaxgrad._features import Features
     from jaxgrad._graph import Equation, Graph, trace
     from jaxgrad._hook import HookError, hook
+    from jaxgrad._jaxpr.views import ProgramError
     from jaxgrad._layers import split_layers
     from jaxgrad._leaks import Leak
     from jaxgrad._nonfinite import NonFinite, find_nonfinite
@@ -56,6 +57,7 @@ __all__ = [
     "NonFiniteLossError",
     "ParamGroups",
     "Picture",
+    "ProgramError",
     "Report",
     "SelectionError",
     "StageError",
@@ -112,6 +114,7 @@ _LAZY = {
     "_features": ("Features",),
     "_graph": ("Equation", "Graph", "trace"),
     "_hook": ("HookError", "hook"),
+    "_jaxpr.views": ("ProgramError",),
     "_layers": ("split_layers",),
     "_leaks": ("Leak",),
     "_nonfinite": ("NonFinite", "find_nonfinite"),

@@ -17,8 +17,9 @@ import numpy as np
 from jax.extend import core as jex
 
 from jaxgrad._autograd import GradientError, grad, split_for_grad
-from jaxgrad._flops import aval
 from jaxgrad._inline import inline
+from jaxgrad._jaxpr.source import aval
+from jaxgrad._jaxpr.views import bodies
 from jaxgrad._messages import listed
 from jaxgrad._select import PyTree, Wrt, flatten, is_array, is_hole, merge
 
@@ -227,9 +228,9 @@ def _double(x: Any) -> Any:
 
 def _precision(closed: jex.ClosedJaxpr) -> np.dtype:
     """The lowest floating-point type that what depends on the inputs is computed in."""
-    jaxpr = inline(closed, [False] * len(closed.jaxpr.invars)).jaxpr
-    reached, found = set(jaxpr.invars), [np.dtype("float64")]
-    for eqn in jaxpr.eqns:
+    flat = inline(closed, [False] * len(closed.jaxpr.invars))
+    reached, found = set(flat.invars), [np.dtype("float64")]
+    for eqn in flat.jaxpr.eqns:
         if any(v in reached for v in eqn.invars if isinstance(v, jex.Var)):
             reached.update(eqn.outvars)
             found += _floats(eqn)
@@ -238,7 +239,6 @@ def _precision(closed: jex.ClosedJaxpr) -> np.dtype:
 
 def _floats(eqn: jex.JaxprEqn) -> list[np.dtype]:
     dtypes = [aval(v).dtype for v in eqn.outvars if hasattr(v.aval, "dtype")]
-    bodies = [getattr(body, "jaxpr", body) for body in jex.jaxprs_in_params(eqn.params)]
     return [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)] + [
-        dtype for body in bodies for inner in body.eqns for dtype in _floats(inner)
+        dtype for body in bodies(eqn) for inner in body.jaxpr.eqns for dtype in _floats(inner)
     ]

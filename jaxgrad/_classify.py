@@ -13,7 +13,6 @@ equation (`_rows.py`).
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -21,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
-from jax.extend import source_info_util
 
-from jaxgrad._flops import aval
-from jaxgrad._rows import RULES, Dim, Mixes, Shape, Step, follow
+from jaxgrad._jaxpr.source import aval, whence
+from jaxgrad._jaxpr.views import Call, Cond, Scan, ShardMap, While, view
+from jaxgrad._rows import COLLECTIVES, LEFT_OUT, RULES, Dim, Mixes, Shape, Step, follow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +85,6 @@ class Varying:
 Place: TypeAlias = Constant | PerExample | Varying
 Sizes: TypeAlias = tuple[int, int]
 
-_CELL = re.compile(r"^.*[/\\]ipykernel_\d+[/\\]\d+\.py:")  # a file that is not there
-
 
 class Misaligned(Exception):  # noqa: N818
     """Two traces of one function are not the same equations; the message says where."""
@@ -140,12 +137,6 @@ def classify(
                 outs = [Varying(refusal)] * len(pair[0].outvars)
         classes.places.update(zip(pair[0].outvars, outs, strict=True))
     return classes
-
-
-def whence(eqn: jex.JaxprEqn) -> tuple[str, str]:
-    """The source line and the scope (Flax module, named scope) of an equation."""
-    source = _CELL.sub("notebook cell:", source_info_util.summarize(eqn.source_info))
-    return source, str(eqn.source_info.name_stack)
 
 
 def align(first: jex.Jaxpr, second: jex.Jaxpr) -> dict[jex.Var, jex.Var]:
@@ -231,17 +222,16 @@ _SIZES = {
 }
 
 
-_COLLECTIVES = """
-all_gather all_gather_invariant all_to_all axis_index pmax pmin ppermute psum psum_invariant
-reduce_scatter
-"""
-
 # Beside their body, these have but the functions that make their derivatives.
 _DERIVATIVES = ("custom_jvp_call", "custom_vjp_call")
 
 
 def _same(a: Any, b: Any) -> bool:
     return bool(np.all(a == b)) or (a != a and b != b)  # a fill value may be NaN
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return a is b or np.array_equal(np.asarray(a), np.asarray(b))
 
 
 def _is_body(value: Any) -> bool:
@@ -257,17 +247,18 @@ def _outputs(
     a: jex.JaxprEqn, b: jex.JaxprEqn, sizes: Sizes, places: Sequence[Place]
 ) -> Sequence[Place]:
     name = a.primitive.name
-    if name in _COLLECTIVES.split():
-        raise Mixes("depends on the devices that the examples are on")
+    if name in COLLECTIVES:
+        raise Mixes(LEFT_OUT[name])
     if a.effects or b.effects:
         raise Mixes("has a side effect, which must happen in every step")
     axes = [p.axis if isinstance(p, PerExample) else None for p in places]
-    if any(axis is not None for axis in axes) and name not in {*RULES, *_STRUCTURED}:
-        raise Mixes("has no known way to treat the rows of a batch")
+    ours, theirs = view(a), view(b)
+    if any(axis is not None for axis in axes) and ours is None and name not in RULES:
+        raise Mixes(LEFT_OUT.get(name, "has no known way to treat the rows of a batch"))
     params = dict(a.params)
     for size in _SIZES.get(name, ()):
         params[size] = unify(a.params[size], b.params[size], sizes)
-    scan_over_batch = a.params.get("length") != b.params.get("length")
+    scan_over_batch = isinstance(ours, Scan) and ours.length != theirs.length
     if uses_batch_size(_lengthless(a), _lengthless(b), sizes):
         raise Mixes("depends on the size of the batch")
     ins, outs = (
@@ -278,8 +269,8 @@ def _outputs(
         if scan_over_batch or any(isinstance(d, Dim) for shape in outs for d in shape):
             return _made_for_batch(a, params, outs)
         return [Constant()] * len(outs)
-    if name in _STRUCTURED:
-        return _STRUCTURED[name](a, b, sizes, places, outs)
+    if ours is not None:
+        return _structured(ours, theirs, sizes, places, outs)
     return _places(follow(name, Step(params, axes, ins, outs)), outs)
 
 
@@ -317,9 +308,13 @@ def _places(axes: Sequence[int | None], outs: Sequence[Shape]) -> list[Place]:
     return places
 
 
-def _body(first: Any, second: Any, sizes: Sizes, inputs: Sequence[Place]) -> Sequence[Place]:
+def _body(
+    first: jex.ClosedJaxpr, second: jex.ClosedJaxpr, sizes: Sizes, inputs: Sequence[Place]
+) -> Sequence[Place]:
     """The classes of a body's outputs; what is refused inside is refused as a whole."""
-    a, b = (getattr(j, "jaxpr", j) for j in (first, second))
+    a, b = first.jaxpr, second.jaxpr
+    if not all(map(_equal, first.consts, second.consts)):
+        raise Mixes("closes over an array that depends on the size of the batch")
     classes = classify(a, b, sizes, inputs)
     outs = [classes[v] for v in a.outvars]
     for place in outs:
@@ -330,11 +325,19 @@ def _body(first: Any, second: Any, sizes: Sizes, inputs: Sequence[Place]) -> Seq
     return outs
 
 
-def _call(name: str) -> Callable[..., Sequence[Place]]:
-    def rule(a, b, sizes, places, outs):
-        return _body(a.params[name], b.params[name], sizes, places)
-
-    return rule
+def _structured(a, b, sizes, places, outs):
+    """The classes of the outputs of an equation that has programs inside."""
+    match a:
+        case Call():
+            return _body(a.body, b.body, sizes, places)
+        case Scan():
+            return _scan(a, b, sizes, places, outs)
+        case While():
+            return _while(a, b, sizes, places)
+        case Cond():
+            return _cond(a, b, sizes, places)
+        case ShardMap():
+            return _shard_map(a, b, sizes, places)
 
 
 def _settle(
@@ -355,23 +358,22 @@ def _join(a: Place, b: Place) -> Place:
     return b if isinstance(a, Constant) else a
 
 
-def _scan(a, b, sizes, places, outs):
-    consts, carries = a.params["num_consts"], a.params["num_carry"]
-    fixed = consts + carries
-    over_batch = a.params["length"] != b.params["length"]
-    if over_batch and (carries or any(isinstance(p, PerExample) for p in places[:fixed])):
+def _scan(a: Scan, b: Scan, sizes, places, outs):
+    consts, carries, stacks = a.parts(places)
+    over_batch = a.length != b.length
+    if over_batch and (carries or any(isinstance(p, PerExample) for p in consts)):
         raise Mixes("steps through the examples")
-    xs = [_unstacked(p, over_batch) for p in places[fixed:]]
+    xs = [_unstacked(p, over_batch) for p in stacks]
 
     def turn(carry):
-        return _body(a.params["jaxpr"], b.params["jaxpr"], sizes, [*places[:consts], *carry, *xs])
+        return _body(a.body, b.body, sizes, [*consts, *carry, *xs])
 
-    carry, inside = _settle(turn, places[consts:fixed])
+    carry, inside = _settle(turn, carries)
     if over_batch:
         return _places([0] * len(outs), outs)
     stacked = [
         PerExample(p.axis + 1, p.inner) if isinstance(p, PerExample) else p
-        for p in inside[carries:]
+        for p in inside[a.carries :]
     ]
     return [*carry, *stacked]
 
@@ -384,22 +386,21 @@ def _unstacked(place: Place, over_batch: bool) -> Place:
     return place
 
 
-def _while(a, b, sizes, places, outs):
-    tests, bodies = a.params["cond_nconsts"], a.params["body_nconsts"]
-    of_test, of_body = places[:tests], places[tests : tests + bodies]
+def _while(a: While, b: While, sizes, places):
+    of_test, of_body, carries = a.parts(places)
 
     def turn(carry):
-        return _body(a.params["body_jaxpr"], b.params["body_jaxpr"], sizes, [*of_body, *carry])
+        return _body(a.body, b.body, sizes, [*of_body, *carry])
 
-    carry, _ = _settle(turn, places[tests + bodies :])
-    _body(a.params["cond_jaxpr"], b.params["cond_jaxpr"], sizes, [*of_test, *carry])
+    carry, _ = _settle(turn, carries)
+    _body(a.test, b.test, sizes, [*of_test, *carry])
     return carry
 
 
-def _cond(a, b, sizes, places, outs):
+def _cond(a: Cond, b: Cond, sizes, places):
     branches = [
         _body(one, other, sizes, places[1:])
-        for one, other in zip(a.params["branches"], b.params["branches"], strict=True)
+        for one, other in zip(a.branches, b.branches, strict=True)
     ]
     joined = branches[0]
     for branch in branches[1:]:
@@ -407,21 +408,21 @@ def _cond(a, b, sizes, places, outs):
     return joined
 
 
-def _shard_map(a, b, sizes, places, outs):
+def _shard_map(a: ShardMap, b: ShardMap, sizes, places):
     """Each device runs the body on its part of the batch."""
-    given = list(zip(places, a.params["in_specs"], strict=True))
+    given = list(zip(places, a.in_specs, strict=True))
     examples = [_split_by(spec[p.axis :][:1]) for p, spec in given if isinstance(p, PerExample)]
     across = examples[0]
     if any(other != across for other in examples):
         raise Mixes("splits the examples of its inputs over different axes of the mesh")
-    parts = math.prod(a.params["mesh"].shape[name] for name in across)
+    parts = math.prod(a.mesh[name] for name in across)
     if any(size % parts for size in sizes):
         raise Mixes("splits an example over devices")
     local = (sizes[0] // parts, sizes[1] // parts)
     if any(across & _split_by(spec) for p, spec in given if isinstance(p, Constant)):
         raise Mixes("has other parameters on the devices of other examples")
-    inside = _body(a.params["jaxpr"], b.params["jaxpr"], local, places)
-    for place, spec in zip(inside, a.params["out_specs"], strict=True):
+    inside = _body(a.body, b.body, local, places)
+    for place, spec in zip(inside, a.out_specs, strict=True):
         if isinstance(place, PerExample) and _split_by(spec[place.axis :][:1]) != across:
             raise Mixes("joins the examples along another axis of the mesh than it split them")
     return inside
@@ -430,17 +431,3 @@ def _shard_map(a, b, sizes, places, outs):
 def _split_by(spec: Sequence[Any]) -> set[str]:
     """The axes of the mesh that some axes of an array are split over."""
     return {name for names in spec if names for name in np.atleast_1d(names).tolist()}
-
-
-_STRUCTURED: dict[str, Callable[..., Sequence[Place]]] = {
-    "checkpoint": _call("jaxpr"),
-    "closed_call": _call("call_jaxpr"),
-    "cond": _cond,
-    "custom_jvp_call": _call("call_jaxpr"),
-    "custom_vjp_call": _call("call_jaxpr"),
-    "jit": _call("jaxpr"),
-    "remat2": _call("jaxpr"),
-    "scan": _scan,
-    "shard_map": _shard_map,
-    "while": _while,
-}

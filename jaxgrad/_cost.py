@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 from jax.extend import core as jex
-from jax.extend.core import primitives
 
 from jaxgrad._flops import flops, nbytes
+from jaxgrad._jaxpr.views import Call, view
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +51,12 @@ def measured(fun: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], C
 
 
 def _of(eqn: jex.JaxprEqn) -> Cost:
-    if eqn.primitive is not primitives.jit_p:
+    call = view(eqn)
+    if type(call) is not Call:
         moved = sum(map(nbytes, [*eqn.invars, *eqn.outvars]))
         return Cost(flops(eqn), moved, moved)
     specs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]  # pyright: ignore[reportAttributeAccessIssue]
-    return _compiled(jax.jit(jex.jaxpr_as_fun(eqn.params["jaxpr"])).lower(*specs).compile())
+    return _compiled(jax.jit(jex.jaxpr_as_fun(call.body)).lower(*specs).compile())
 
 
 def _compiled(program: jax.stages.Compiled) -> Cost:

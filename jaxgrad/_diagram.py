@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from jax.extend import core as jex
 
-from jaxgrad._flops import aval
+from jaxgrad._jaxpr.source import aval
 from jaxgrad._modules import frames, modules
 
 _RELABELS = {

@@ -7,9 +7,11 @@ crossing is chosen before anything is compiled, and only needs the large terms r
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 from jax.extend import core as jex
+
+from jaxgrad._jaxpr.source import aval
+from jaxgrad._jaxpr.views import Cond, Scan, ShardMap, bodies, view
 
 _FREE = """
 bitcast_convert_type broadcast_in_dim concatenate convert_element_type copy copy_p device_put
@@ -34,17 +36,17 @@ def flops(eqn: jex.JaxprEqn) -> int:
         kernel = aval(eqn.invars[1]).shape
         features_out = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
         return 2 * _size(eqn.outvars) * math.prod(kernel) // features_out
-    if name == "cond":
-        return max(total(branch.jaxpr.eqns) for branch in eqn.params["branches"])
-    if bodies := list(jex.jaxprs_in_params(eqn.params)):
-        once = sum(total(body.eqns) for body in bodies)
+    if inside := [total(body.jaxpr.eqns) for body in bodies(eqn)]:
         if name == "reduce" or name.startswith("scatter"):
             return _size(eqn.invars)
-        if name == "shard_map":  # on each device
-            return once * math.prod(
-                eqn.params["mesh"].shape[axis] for axis in eqn.params["newly_manual_axes"]
-            )
-        return once * (eqn.params["length"] if name == "scan" else 1)
+        match view(eqn):
+            case Cond():
+                return max(inside)
+            case Scan(length=length):
+                return inside[0] * length
+            case ShardMap(mesh=mesh, over=over):  # on each device
+                return inside[0] * math.prod(mesh[axis] for axis in over)
+        return sum(inside)
     if name.startswith(("reduce", "arg", "cum", "sort", "top_k")):
         return _size(eqn.invars)
     return _size(eqn.outvars)
@@ -53,11 +55,6 @@ def flops(eqn: jex.JaxprEqn) -> int:
 def total(eqns: Iterable[jex.JaxprEqn]) -> int:
     """Floating point operations of several equations."""
     return sum(map(flops, eqns))
-
-
-def aval(atom: jex.Var | jex.Literal) -> Any:
-    """The shape and dtype of a value; JAX's type for it promises neither."""
-    return atom.aval
 
 
 def nbytes(atom: jex.Var | jex.Literal) -> int:

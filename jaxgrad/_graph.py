@@ -13,9 +13,9 @@ from typing import Any
 import jax
 from jax.extend import core as jex
 
-from jaxgrad._classify import whence
 from jaxgrad._flops import flops
 from jaxgrad._inline import inline
+from jaxgrad._jaxpr.source import whence
 from jaxgrad._select import Flat, Wrt, flatten, is_array, match
 
 
@@ -147,9 +147,8 @@ def trace(fun: Callable[..., Any], *args: Any) -> Graph:
     ]
     flat = inline(closed, [False] * len(closed.jaxpr.invars))
     closed_over = [f"closed over/{i}" for i in range(len(flat.consts))]
-    jaxpr = flat.jaxpr.replace(constvars=[], invars=[*flat.jaxpr.constvars, *flat.jaxpr.invars])
     inputs = (*closed_over, *names)
-    return Graph(jaxpr, inputs, _equations(jaxpr, inputs))
+    return Graph(flat.jaxpr, inputs, _equations(flat.jaxpr, inputs))
 
 
 def _equations(jaxpr: jex.Jaxpr, inputs: Sequence[str]) -> tuple[Equation, ...]:

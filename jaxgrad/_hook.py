@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.extend import core as jex
 from jax.extend import source_info_util
 
+from jaxgrad._jaxpr.views import opened
 from jaxgrad._messages import listed, spec
 from jaxgrad._select import flatten
 from jaxgrad._tap import floats
@@ -73,8 +74,8 @@ def hook(x: T, fn: Callable[[T], T | None]) -> T:
 
     # What `fn` closes over becomes an argument: it may be a tracer, of a scan's body say, that
     # is gone when the cotangents come.
-    closed = jax.make_jaxpr(on_leaves)(*leaves)
-    return rebuild(_hooked(closed.jaxpr, closed.consts, leaves))
+    jaxpr, closed_over = opened(jax.make_jaxpr(on_leaves)(*leaves))
+    return rebuild(_hooked(jaxpr, closed_over, leaves))
 
 
 def _check(given: Any, returned: Any) -> None:
@@ -106,8 +107,8 @@ def _forward(jaxpr: jex.Jaxpr, consts: Sequence[Any], leaves: Sequence[Any]) -> 
 
 
 def _backward(jaxpr: jex.Jaxpr, consts: Sequence[Any], cotangents: Sequence[Any]) -> Any:
-    closed = jex.ClosedJaxpr(jaxpr, consts)
-    return None, list(jex.jaxpr_as_fun(closed)(*cotangents))
+    run = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, []))
+    return None, list(run(*consts, *cotangents))
 
 
 _hooked.defvjp(_forward, _backward)

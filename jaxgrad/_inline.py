@@ -11,46 +11,62 @@ far as that changes nothing but the nesting:
 - a custom derivative with trainable inputs stays whole, or its rule would be lost;
 - `scan`, `while` and `cond` stay whole: their bodies run a number of times. Only a scan over
   layers whose first ones are frozen is cut in two (`_scan.py`).
+
+Arrays that the function or a call within it closes over become inputs, so that the flat program
+has no constants and they are followed like everything else.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from jax.extend import core as jex
 from jax.extend import source_info_util
-from jax.extend.core import primitives
 
+from jaxgrad._jaxpr.views import Call, Checkpoint, CustomRule, Scan, view
 from jaxgrad._scan import split_scan
 
-_CALLS = {
-    primitives.jit_p: "jaxpr",
-    primitives.closed_call_p: "call_jaxpr",
-    primitives.call_p: "call_jaxpr",
-}
-_WHOLE_WHERE_DIFFERENTIATED = {
-    primitives.custom_jvp_call_p: "call_jaxpr",
-    primitives.custom_vjp_call_p: "call_jaxpr",
-    primitives.remat_p: "jaxpr",
-}
+
+class Inlined(NamedTuple):
+    """A flat program, whose first inputs are the arrays that the function closes over.
+
+    Attributes:
+        jaxpr: the equations; it has no constants.
+        consts: the arrays that were closed over.
+    """
+
+    jaxpr: jex.Jaxpr
+    consts: list[Any]
+
+    @property
+    def captured(self) -> list[jex.Var]:
+        """The inputs of the arrays that were closed over."""
+        return self.jaxpr.invars[: len(self.consts)]
+
+    @property
+    def invars(self) -> list[jex.Var]:
+        """The inputs of the function itself."""
+        return self.jaxpr.invars[len(self.consts) :]
 
 
-def inline(closed: jex.ClosedJaxpr, varying: Sequence[bool]) -> jex.ClosedJaxpr:
+def inline(program: jex.ClosedJaxpr, varying: Sequence[bool]) -> Inlined:
     """The same function with nested calls inlined and dead equations dropped.
 
     Args:
-        closed: the function as `jax.make_jaxpr` gives it.
+        program: the function as `jax.make_jaxpr` gives it.
         varying: for each input, whether the function may be differentiated by it, or it
             changes from step to step.
     """
     builder = _Builder()
-    jaxpr = closed.jaxpr
-    invars = [builder.fresh(v) for v in jaxpr.invars]
+    invars = [builder.fresh(v) for v in program.jaxpr.invars]
     builder.varying.update(v for v, varies in zip(invars, varying, strict=True) if varies)
-    outs = builder.call(jaxpr, closed.consts, invars, source_info_util.new_source_info())
-    flat = jaxpr.replace(
-        constvars=list(builder.consts), invars=invars, outvars=outs, eqns=builder.eqns
-    )
+    outs = builder.call(program, invars, source_info_util.new_source_info())
+    flat = program.jaxpr.replace(constvars=[], invars=invars, outvars=outs, eqns=builder.eqns)
     flat = between(flat, invars, outs, effects=True)
-    return jex.ClosedJaxpr(flat, [builder.consts[v] for v in flat.constvars])
+    read = {v for e in flat.eqns for v in e.invars if isinstance(v, jex.Var)}.union(
+        v for v in outs if isinstance(v, jex.Var)
+    )
+    captured = {v: value for v, value in builder.consts.items() if v in read}
+    return Inlined(flat.replace(invars=[*captured, *invars]), list(captured.values()))
 
 
 def between(
@@ -63,7 +79,7 @@ def between(
     """The equations that lead from some values to others, as a jaxpr of its own.
 
     Args:
-        jaxpr: where to take them from.
+        jaxpr: where to take them from; it has no constants.
         inputs: the values that are given; what they were computed from is left out.
         outputs: the values that are wanted.
         effects: whether equations with side effects stay although nothing needs their outputs.
@@ -77,7 +93,7 @@ def between(
             needed.update(v for v in eqn.invars if isinstance(v, jex.Var))
     kept.reverse()
     return jaxpr.replace(
-        constvars=[v for v in jaxpr.constvars if v in needed - given],
+        constvars=[],
         invars=list(inputs),
         outvars=list(outputs),
         eqns=kept,
@@ -111,17 +127,17 @@ class _Builder:
     def varies(self, eqn: jex.JaxprEqn) -> bool:
         return any(v in self.varying for v in eqn.invars if isinstance(v, jex.Var))
 
-    def call(self, jaxpr, consts, args, source):
-        """Appends a jaxpr's equations, called with these arguments; returns its outputs.
+    def call(self, program, args, source):
+        """Appends a program's equations, called with these arguments; returns its outputs.
 
         Args:
-            jaxpr: the jaxpr.
-            consts: the values of its constants.
+            program: the program, closed.
             args: the atoms it is called with.
             source: where it is called.
         """
+        jaxpr = program.jaxpr
         env = dict(zip(jaxpr.invars, args, strict=True))
-        for var, value in zip(jaxpr.constvars, consts, strict=True):
+        for var, value in zip(jaxpr.constvars, program.consts, strict=True):
             env[var] = self.constant(var, value)
 
         def read(atom):
@@ -143,23 +159,21 @@ class _Builder:
         return known
 
     def equation(self, eqn):
-        body = _CALLS.get(eqn.primitive)
-        if body is None and not self.varies(eqn):
-            body = _WHOLE_WHERE_DIFFERENTIATED.get(eqn.primitive)
-        if body is not None:
-            inner = eqn.params[body]
-            closed = isinstance(inner, jex.ClosedJaxpr)
-            jaxpr, consts = (inner.jaxpr, inner.consts) if closed else (inner, [])
-            return self.call(jaxpr, consts, eqn.invars, eqn.source_info)
-        if eqn.primitive is primitives.remat_p and not eqn.effects:
-            return self.checkpoint(eqn)
-        if eqn.primitive is primitives.scan_p and (
-            parts := split_scan(eqn, self.eqns, self.varying)
-        ):
-            new = len(self.eqns)
-            outs = self.call(parts.jaxpr, parts.consts, eqn.invars + parts.extra, eqn.source_info)
-            self.eqns[new:] = [e.replace(source_info=eqn.source_info) for e in self.eqns[new:]]
-            return outs
+        match view(eqn):
+            case CustomRule() | Checkpoint() as call if not self.varies(eqn):
+                return self.call(call.body, eqn.invars, eqn.source_info)
+            case CustomRule():
+                return self.append(eqn)
+            case Checkpoint() as checkpoint:
+                return self.append(eqn) if eqn.effects else self.checkpoint(eqn, checkpoint)
+            case Call(body):
+                return self.call(body, eqn.invars, eqn.source_info)
+            case Scan() as scan if parts := split_scan(eqn, scan, self.eqns, self.varying):
+                new = len(self.eqns)
+                outs = self.call(parts.program, eqn.invars + parts.extra, eqn.source_info)
+                made = self.eqns[new:]
+                self.eqns[new:] = [e.replace(source_info=eqn.source_info) for e in made]
+                return outs
         return self.append(eqn)
 
     def append(self, eqn):
@@ -169,29 +183,19 @@ class _Builder:
         self.eqns.append(eqn.replace(outvars=outs))
         return outs
 
-    def checkpoint(self, eqn):
+    def checkpoint(self, eqn, checkpoint):
         """Takes the frozen equations out of a checkpoint and leaves the others under it."""
         outer, self.eqns = self.eqns, []
-        outs = self.call(eqn.params["jaxpr"], [], eqn.invars, eqn.source_info)
+        outs = self.call(checkpoint.body, eqn.invars, eqn.source_info)
         body, self.eqns = self.eqns, outer
         inside = [e for e in body if self.varies(e)]
         self.eqns += [e for e in body if not self.varies(e)]
         made = {v for e in inside for v in e.outvars}
         results = list(dict.fromkeys(v for v in outs if isinstance(v, jex.Var) and v in made))
         used = (v for e in inside for v in e.invars if isinstance(v, jex.Var) and v not in made)
-        inputs = list(dict.fromkeys(used))
-        jaxpr = eqn.params["jaxpr"].replace(
-            constvars=[], invars=inputs, outvars=results, eqns=inside
+        jaxpr = checkpoint.body.jaxpr.replace(
+            constvars=[], invars=list(dict.fromkeys(used)), outvars=results, eqns=inside
         )
-        renamed = dict(
-            zip(
-                results,
-                self.append(
-                    eqn.replace(
-                        invars=inputs, outvars=results, params={**eqn.params, "jaxpr": jaxpr}
-                    )
-                ),
-                strict=True,
-            )
-        )
+        appended = self.append(checkpoint.replace(eqn, jaxpr, results))
+        renamed = dict(zip(results, appended, strict=True))
         return [renamed.get(v, v) if isinstance(v, jex.Var) else v for v in outs]

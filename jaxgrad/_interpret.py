@@ -15,13 +15,13 @@ Values = Sequence[Any]
 
 
 def interpret(
-    jaxpr: jex.Jaxpr,
-    consts: Values,
+    program: jex.ClosedJaxpr,
     args: Values,
     equation: Callable[[jex.JaxprEqn, Values], Values],
 ) -> list[Any]:
-    """Runs a jaxpr, each equation by `equation(eqn, values)`, and returns its outputs."""
-    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+    """Runs a program, each equation by `equation(eqn, values)`, and returns its outputs."""
+    jaxpr = program.jaxpr
+    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*program.consts, *args], strict=True))
     last = {v: i for i, e in enumerate(jaxpr.eqns) for v in e.invars if isinstance(v, jex.Var)}
     kept = {v for v in jaxpr.outvars if isinstance(v, jex.Var)}
 

@@ -57,7 +57,7 @@ def _flows(recipe: Recipe, batch: PyTree) -> set[int]:
 
     closed = jax.make_jaxpr(grads)(recipe.arrays, batch)
     jaxpr = inline(closed, [False] * len(closed.jaxpr.invars)).jaxpr
-    moving = {*jaxpr.invars, *jaxpr.constvars}
+    moving = set(jaxpr.invars)
     for eqn in jaxpr.eqns:
         if any(v in moving for v in eqn.invars if isinstance(v, jex.Var)):
             moving.update(eqn.outvars)

@@ -20,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
-from jax.extend.core import primitives
 
 from jaxgrad._autograd import grad
-from jaxgrad._classify import whence
-from jaxgrad._inline import inline
+from jaxgrad._inline import Inlined, inline
 from jaxgrad._interpret import bind, interpret
+from jaxgrad._jaxpr.source import whence
+from jaxgrad._jaxpr.views import Cond, Scan, While, view
 from jaxgrad._messages import listed, spec
 from jaxgrad._select import Flat, PyTree, Wrt, flatten
 
@@ -180,10 +180,9 @@ class _Value:
 
 def _first_origin(fun: Callable[..., Any], flat: Flat, params: str) -> _Origin | None:
     arrays = {i: leaf for i, leaf in enumerate(flat.leaves) if hasattr(leaf, "dtype")}
-    closed = inline(jax.make_jaxpr(fun)(arrays), [False] * len(arrays))
-    consts = [_input(x, f"closed over/{i}", params) for i, x in enumerate(closed.consts)]
+    program = inline(jax.make_jaxpr(fun)(arrays), [False] * len(arrays))
     inputs = [_input(x, flat.paths[i], params) for i, x in arrays.items()]
-    outs = _run(closed.jaxpr, consts, inputs, "", ())
+    outs = _run(program, params, inputs, "", ())
     return _worst(out.origin for out in map(_value, outs))
 
 
@@ -204,13 +203,14 @@ def _worst(origins: Iterable[_Origin | None]) -> _Origin | None:
 
 
 def _run(
-    jaxpr: jex.Jaxpr,
-    consts: Sequence[_Value],
+    program: Inlined,
+    params: str,
     args: Sequence[_Value],
     scope: str,
     turns: tuple[int, ...],
 ) -> list[_Value]:
     """Runs equations one by one; what is not finite learns where that comes from."""
+    consts = [_input(x, f"closed over/{i}", params) for i, x in enumerate(program.consts)]
 
     def equation(eqn: jex.JaxprEqn, values: Sequence[Any]) -> list[_Value]:
         values = [_value(v) for v in values]
@@ -221,8 +221,7 @@ def _run(
             return outs
         source, inner = whence(eqn)
         inner = "/".join(part for part in (scope, _plain(inner)) if part)
-        loop = _LOOPS.get(eqn.primitive)
-        origins = loop(eqn, values, bad, inner, turns) if loop else {}
+        origins = _inside(eqn, values, bad, inner, turns)
         for i in bad:
             operation = Operation(
                 eqn.primitive.name,
@@ -237,7 +236,8 @@ def _run(
             outs[i] = dataclasses.replace(outs[i], origin=origin)
         return outs
 
-    return [_value(out) for out in interpret(jaxpr, consts, args, equation)]
+    open_program = jex.ClosedJaxpr(program.jaxpr, [])
+    return [_value(out) for out in interpret(open_program, [*consts, *args], equation)]
 
 
 def _origin(operation: Operation, values: Sequence[_Value], x: Any) -> _Origin:
@@ -256,67 +256,67 @@ def _after(values: Sequence[_Value]) -> tuple[tuple[str, ...], bool]:
     return tuple(dict.fromkeys(direct or earlier)), all(v.of_params for v in values)
 
 
-def _scan(
+def _inside(
     eqn: jex.JaxprEqn,
     values: Sequence[_Value],
     bad: Sequence[int],
     scope: str,
     turns: tuple[int, ...],
 ) -> dict[int, _Origin]:
-    params, body = eqn.params, eqn.params["jaxpr"]
-    fixed, carried = params["num_consts"], params["num_carry"]
-    consts, carry = values[:fixed], values[fixed : fixed + carried]
-    order = range(params["length"])
+    """The origins of an equation's outputs within its own program, where it has one."""
+    match view(eqn):
+        case Scan() as scan:
+            return _scan(scan, values, bad, scope, turns)
+        case While() as loop:
+            return _while(loop, values, bad, scope, turns)
+        case Cond(branches):
+            which, *operands = values
+            branch = branches[int(np.clip(which.x, 0, len(branches) - 1))]
+            outs = _body(branch, operands, scope, turns)
+            return {i: origin for i in bad if (origin := outs[i].origin)}
+    return {}
+
+
+def _scan(
+    scan: Scan,
+    values: Sequence[_Value],
+    bad: Sequence[int],
+    scope: str,
+    turns: tuple[int, ...],
+) -> dict[int, _Origin]:
+    consts, carry, stacks = scan.parts(values)
+    order = range(scan.length)
 
     def slices(i: int) -> list[_Value]:
-        return [_again(v, v.x[i]) for v in values[fixed + carried :]]
+        return [_again(v, v.x[i]) for v in stacks]
 
     origins: dict[int, _Origin] = {}
-    run = jax.jit(jex.jaxpr_as_fun(body))
-    for i in reversed(order) if params["reverse"] else order:
-        outs = _turn(run, body, [*consts, *carry, *slices(i)], scope, (*turns, i))
-        carry = outs[:carried]
+    run = jax.jit(jex.jaxpr_as_fun(scan.body))
+    for i in reversed(order) if scan.reverse else order:
+        outs = _turn(run, scan.body, [*consts, *carry, *slices(i)], scope, (*turns, i))
+        carry = outs[: scan.carries]
         if _collect(origins, outs, bad):
             break
     return origins
 
 
 def _while(
-    eqn: jex.JaxprEqn,
+    loop: While,
     values: Sequence[_Value],
     bad: Sequence[int],
     scope: str,
     turns: tuple[int, ...],
 ) -> dict[int, _Origin]:
-    params, body = eqn.params, eqn.params["body_jaxpr"]
-    of_cond, fixed = params["cond_nconsts"], params["body_nconsts"]
-    cond_consts, consts = values[:of_cond], values[of_cond : of_cond + fixed]
-    carry, i = values[of_cond + fixed :], 0
-    goes_on = jax.jit(jex.jaxpr_as_fun(params["cond_jaxpr"]))
+    (of_test, consts, carry), i = loop.parts(values), 0
+    goes_on = jax.jit(jex.jaxpr_as_fun(loop.test))
     origins: dict[int, _Origin] = {}
-    run = jax.jit(jex.jaxpr_as_fun(body))
-    while goes_on(*(v.x for v in [*cond_consts, *carry]))[0]:
-        carry = _turn(run, body, [*consts, *carry], scope, (*turns, i))
+    run = jax.jit(jex.jaxpr_as_fun(loop.body))
+    while goes_on(*(v.x for v in [*of_test, *carry]))[0]:
+        carry = _turn(run, loop.body, [*consts, *carry], scope, (*turns, i))
         i += 1
         if _collect(origins, carry, bad):
             break
     return origins
-
-
-def _cond(
-    eqn: jex.JaxprEqn,
-    values: Sequence[_Value],
-    bad: Sequence[int],
-    scope: str,
-    turns: tuple[int, ...],
-) -> dict[int, _Origin]:
-    which, *operands = values
-    branches = eqn.params["branches"]
-    outs = _body(branches[int(np.clip(which.x, 0, len(branches) - 1))], operands, scope, turns)
-    return {i: origin for i in bad if (origin := outs[i].origin)}
-
-
-_LOOPS = {primitives.scan_p: _scan, primitives.while_p: _while, primitives.cond_p: _cond}
 
 
 def _turn(
@@ -337,9 +337,7 @@ def _turn(
 def _body(
     body: jex.ClosedJaxpr, values: Sequence[_Value], scope: str, turns: tuple[int, ...]
 ) -> list[_Value]:
-    flat = inline(body, [False] * len(values))
-    consts = [_input(x, f"closed over/{i}", "") for i, x in enumerate(flat.consts)]
-    return _run(flat.jaxpr, consts, values, scope, turns)
+    return _run(inline(body, [False] * len(values)), "", values, scope, turns)
 
 
 def _collect(origins: dict[int, _Origin], outs: Sequence[_Value], bad: Sequence[int]) -> bool:

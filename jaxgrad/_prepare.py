@@ -17,9 +17,8 @@ from jax.extend import core as jex
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxgrad import _features
-from jaxgrad._classify import whence
 from jaxgrad._encode import decode, encode, is_encoded, squares
-from jaxgrad._flops import aval
+from jaxgrad._jaxpr.source import aval, whence
 from jaxgrad._split import Split
 
 

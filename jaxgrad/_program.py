@@ -94,13 +94,12 @@ class Loss:
         counts = [len(trainable), len(frozen), len(batch), len(self.vary)]
         moves = [True, False, False, True]
         flat = inline(closed, [m for m, c in zip(moves, counts, strict=True) for _ in range(c)])
-        jaxpr, invars = flat.jaxpr, iter(flat.jaxpr.invars)
+        invars = iter(flat.invars)
         groups = [[next(invars) for _ in range(c)] for c in counts]
-        captured = list(jaxpr.constvars)
         return Program(
-            jaxpr.replace(constvars=[], invars=[*captured, *jaxpr.invars]),
+            flat.jaxpr,
             flat.consts,
-            frozen=[*captured, *groups[1]],
+            frozen=[*flat.captured, *groups[1]],
             trainable=groups[0],
             batch=groups[2],
             vary=groups[3],

@@ -8,9 +8,11 @@ from jax.extend import core as jex
 from jax.extend.core import primitives
 
 from jaxgrad import _cut
-from jaxgrad._classify import Refusal, Varying, whence
-from jaxgrad._flops import aval, flops, nbytes, total
+from jaxgrad._classify import Refusal, Varying
+from jaxgrad._flops import flops, nbytes, total
 from jaxgrad._inline import between
+from jaxgrad._jaxpr.source import aval, whence
+from jaxgrad._jaxpr.views import Checkpoint, bodies, view
 from jaxgrad._split import Split
 
 # What a step costs whatever it computes, and a compilation of the frozen part, in operations:
@@ -182,11 +184,10 @@ def _training(eqns: Iterable[jex.JaxprEqn], trained: set[jex.Var]) -> int:
         factors = sum(isinstance(v, jex.Var) and v in trained for v in eqn.invars)
         if eqn.primitive in (primitives.dot_general_p, primitives.conv_general_dilated_p):
             backward = factors
-        elif eqn.primitive is primitives.remat_p:
+        elif isinstance(view(eqn), Checkpoint):
             backward = 3 * bool(factors)  # forward again, and twice as much backward
         else:
-            has_body = any(True for _ in jex.jaxprs_in_params(eqn.params))
-            backward = (2 if has_body else 1) * bool(factors)
+            backward = (2 if bodies(eqn) else 1) * bool(factors)
         count += flops(eqn) * (1 + backward)
     return count
 

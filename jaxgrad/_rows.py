@@ -4,7 +4,8 @@ A value is kept once per example only if its row i is computed from row i of the
 That its shape has the batch size in it proves nothing: `x - x.mean(0)`, `cumsum` along the
 batch and `x @ x.T @ x` keep the shape and mix the examples. So the axis is *followed*: each
 primitive has a rule that says where the axis goes, or raises `Mixes`. A primitive without a
-rule is not staged, so what is unknown is safe.
+rule is not staged, so what is unknown is safe. Those that JAX has and that are left without one on
+purpose are in `LEFT_OUT`.
 
 Sizes are concrete or, where they scale with the batch, `Dim(k)`: k entries per example, those of
 one example next to each other (`[b, t, d]` reshaped to `[b * t, d]` has `Dim(t)` in front).
@@ -103,7 +104,7 @@ def _dropping(name: str, what: str) -> Callable[[Step], int]:
     """Axes that disappear, of which the batch must not be one."""
 
     def rule(step: Step) -> int:
-        axis, dropped = step.axis, [d % len(step.ins[0]) for d in step.params[name]]
+        axis, dropped = step.axis, _named(step, name)
         if axis in dropped:
             raise Mixes(what)
         return axis - sum(d < axis for d in dropped)
@@ -115,13 +116,29 @@ def _along(name: str, what: str) -> Callable[[Step], int]:
     """Work along one axis or several, of which the batch must not be one."""
 
     def rule(step: Step) -> int:
-        along = step.params[name]
-        along = along if isinstance(along, tuple | list) else (along,)
-        if step.axis in [d % len(step.ins[0]) for d in along]:
+        if step.axis in _named(step, name):
             raise Mixes(what)
         return step.axis
 
     return rule
+
+
+def _named(step: Step, name: str) -> list[int]:
+    """The axes of the first input that a parameter names: one, or several."""
+    axes = step.params[name]
+    axes = axes if isinstance(axes, tuple | list) else (axes,)
+    return [d % len(step.ins[0]) for d in axes]
+
+
+def _stack(step: Step) -> int:
+    """All inputs have one shape, so that each has the examples, and along the same axis."""
+    return step.axis + (step.params["axis"] <= step.axis)
+
+
+def _tile(step: Step) -> int:
+    if step.params["reps"][step.axis] != 1:
+        raise Mixes("repeats the batch")
+    return step.axis
 
 
 def _trailing(count: int | str) -> Callable[[Step], int]:
@@ -238,19 +255,20 @@ def _gather(step: Step) -> int:
 
 _ELEMENTWISE = """
 abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
-bitcast_convert_type cbrt ceil clamp clz complex conj convert_element_type copy copy_p cos cosh
-digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac imag
-integer_pow is_finite le le_to lgamma log log1p logistic lt lt_to max min mul name ne neg
-nextafter not or polygamma population_count pow real reduce_precision
-regularized_incomplete_beta rem round rsqrt select_n sharding_constraint shift_left
-shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh
-xor zeta
+bitcast_convert_type cbrt ceil clamp clz complex conj convert_element_type copy cos cosh
+digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac imag
+integer_pow is_finite le le_to lgamma log log1p log2 logistic lt lt_to max min mul mulhi
+name ne neg nextafter not one_minus_square or polygamma polynomial population_count pow real
+reduce_precision regularized_incomplete_beta rem round rsqrt select_n sharding_constraint
+shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub
+tan tanh xor zeta
 """
 
 _REDUCES = (
     "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin"
 )
 _WINDOWS = "reduce_window_sum reduce_window_max reduce_window_min"
+_MATRICES = "cholesky eig eigh hessenberg lu qr schur svd triangular_solve tridiagonal"
 
 RULES: dict[str, Callable[[Step], int | Sequence[int | None]]] = {
     **dict.fromkeys(_ELEMENTWISE.split(), _elementwise),
@@ -260,7 +278,7 @@ RULES: dict[str, Callable[[Step], int | Sequence[int | None]]] = {
         ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"),
         _along("axis", "accumulates along the examples"),
     ),
-    **dict.fromkeys(("cholesky", "lu", "qr", "eigh", "svd", "triangular_solve"), _trailing(2)),
+    **dict.fromkeys(_MATRICES.split(), _trailing(2)),
     "broadcast_in_dim": _broadcast,
     "concatenate": _along("dimension", "joins batches"),
     "conv_general_dilated": _conv,
@@ -271,6 +289,7 @@ RULES: dict[str, Callable[[Step], int | Sequence[int | None]]] = {
     "gather": _gather,
     "jaxgrad_tap": lambda step: step.axes,
     "device_put": lambda step: step.axes,
+    "lu_pivots_to_permutation": _trailing(1),
     "optimization_barrier": lambda step: step.axes,
     "pad": _pad,
     "reshape": _reshape,
@@ -279,6 +298,99 @@ RULES: dict[str, Callable[[Step], int | Sequence[int | None]]] = {
     "sort": _along("dimension", "sorts the examples"),
     "split": _along("axis", "splits the batch"),
     "squeeze": _dropping("dimensions", "squeezes the batch"),
+    "stack": _stack,
+    "tile": _tile,
     "top_k": _along("axis", "picks some examples of the batch"),
     "transpose": _transpose,
+    "unstack": _dropping("axis", "splits the batch"),
+}
+
+_COLLECTIVES = """
+all_gather all_gather_done all_gather_invariant all_gather_reduced all_gather_reduced_start
+all_gather_start all_to_all all_to_all_done all_to_all_start axis_index pbroadcast pbroadcast_done
+pbroadcast_dynamic pbroadcast_start pmax pmin ppermute ppermute_done ppermute_start precv psend psum
+psum_done psum_invariant psum_invariant_start psum_start ragged_all_to_all reduce_scatter
+reduce_scatter_done reduce_scatter_start unreduced_pmax unreduced_pmin unreduced_psum
+unreduced_psum_start unreduced_reduce_scatter unreduced_reduce_scatter_start
+"""
+
+# Refused for constants too: their result depends on how many devices there are, or which.
+COLLECTIVES = frozenset(_COLLECTIVES.split())
+
+_REASONS = {
+    # What a rule could follow, and none does yet.
+    "writes at indices, which may lie in other examples": """
+        scatter scatter-add scatter-max scatter-min scatter-mul scatter-sub
+    """,
+    "reduces with a function of its own, which is not followed": "reduce reduce_window",
+    "moves values between windows, which are not followed": """
+        select_and_gather_add select_and_scatter select_and_scatter_add
+    """,
+    "finds the largest values approximately, by a search that is not followed": "approx_top_k",
+    "multiplies groups of rows whose sizes are data": "ragged_dot_general",
+    "multiplies in blocks, which are not followed": "scaled_dot",
+    "works on several arrays of matrices, whose axes are not followed": """
+        cholesky_update geqp3 geqrf householder_product ormqr symmetric_product tridiagonal_solve
+    """,
+    "converts an extended dtype, whose hidden axes are not followed": "from_edtype to_edtype",
+    "marks a value for the compiler, which is not followed": """
+        dce_sink program_order tie xla_metadata_value
+    """,
+    "says how a value lies on the devices, which is not followed": """
+        layout_constraint preduced pvary reduced_vary_cast reduced_vary_cast_p relayout reshard
+        shard_alike vary_unreduced_cast vary_unreduced_cast_p with_memory_space_constraint
+    """,
+    # Programs inside that have no view (`_jaxpr/views.py`).
+    "has a program inside that is not followed": """
+        composite compute_on custom_linear_solve custom_vmap_call linear_call remat_opt run_state
+        xla_metadata_call
+    """,
+    "stands for an operation that JAX spells out only when it compiles it": """
+        call_hi_primitive call_hi_primitive_linearized
+    """,
+    # What can't be looked into.
+    "calls a Python function, which may do anything with the batch": """
+        buffer_callback debug_callback debug_print inspect_sharding io_callback pure_callback
+    """,
+    "runs code from outside JAX, which may do anything with the batch": """
+        call_exported custom_partitioning ffi_call
+    """,
+    "runs a kernel, which may do anything with the batch": """
+        cudnn_fusion dot_product_attention_bwd dot_product_attention_bwd_wrapper
+        dot_product_attention_fp8_bwd dot_product_attention_fp8_bwd_wrapper
+        dot_product_attention_fp8_fwd dot_product_attention_fp8_fwd_wrapper
+        dot_product_attention_fwd dot_product_attention_fwd_wrapper pallas_call scaled_matmul
+        scaled_matmul_wrapper
+    """,
+    # Randomness: which numbers an example gets depends on its place in the batch.
+    "draws random numbers for the whole batch at once": """
+        philox2x32 philox4x32 random_bits random_gamma rng_bit_generator rng_uniform threefry2x32
+        threefry4x32
+    """,
+    "makes random keys, whose axes are not followed": """
+        random_clone random_fold_in random_seed random_split random_unwrap random_wrap
+    """,
+    # State.
+    "reads or writes memory that changes": """
+        accum_grad_in_ref addupdate box_get box_set broadcast_to create_linear empty_ref free_ref
+        freeze get log_extend log_read new_box new_log new_ref pin swap unpin
+    """,
+    "checks the whole batch at once": "check",
+    # Devices.
+    "depends on the devices that the examples are on": _COLLECTIVES,
+    # No example reaches these: they have no inputs, or stand in no finished program.
+    "makes a value from no inputs": """
+        after_all create_token dim_as_value empty empty2 iota iota_2x32_shape platform_index
+    """,
+    "asks for a size that is not known yet": "dimension_size shape_assertion",
+    "is a step of JAX's own towards another program": """
+        custom_jvp_call_jaxpr custom_lin stage unreachable zeros_like
+    """,
+}
+
+# What has no rule, and why; in a refusal this comes after the primitive and its source line. The
+# names are of all JAX versions that jaxgrad supports; `tests/test_primitives.py` compares them with
+# those of the JAX that is installed.
+LEFT_OUT: dict[str, str] = {
+    name: reason for reason, names in _REASONS.items() for name in names.split()
 }

@@ -13,29 +13,30 @@ from jax import lax
 from jax.extend import core as jex
 from jax.extend.core import primitives
 
+from jaxgrad._jaxpr.views import Scan
+
 
 class Parts(NamedTuple):
-    """The two scans as a jaxpr over the equation's inputs and a few values more."""
+    """The two scans as a program over the equation's inputs and a few values more."""
 
-    jaxpr: jex.Jaxpr
-    consts: Sequence[Any]
+    program: jex.ClosedJaxpr
     extra: list[Any]
 
 
 def split_scan(
-    eqn: jex.JaxprEqn, before: Sequence[jex.JaxprEqn], varying: set[jex.Var]
+    eqn: jex.JaxprEqn, scan: Scan, before: Sequence[jex.JaxprEqn], varying: set[jex.Var]
 ) -> Parts | None:
     """Cuts a scan where its stacked inputs turn from frozen to trainable, or returns None.
 
     Args:
         eqn: the scan.
+        scan: its parts.
         before: the equations that come before it.
         varying: the values that depend on what is trained.
     """
-    params = eqn.params
-    if params["reverse"]:
+    if scan.reverse:
         return None
-    fixed = params["num_consts"] + params["num_carry"]
+    fixed = scan.fixed
     if any(v in varying for v in eqn.invars[:fixed] if isinstance(v, jex.Var)):
         return None
     maker = {v: e for e in before for v in e.outvars}
@@ -56,24 +57,21 @@ def split_scan(
         args, extra = values[: len(eqn.invars)], values[len(eqn.invars) :]
         firsts = dict(zip(order, extra[: len(order)], strict=True))
         rests = dict(zip(order, extra[len(order) :], strict=True))
-        consts, carry = args[: params["num_consts"]], args[params["num_consts"] : fixed]
+        consts, carry, stacked = scan.parts(args)
         ys = []
-        for part, start, stop in ((firsts, 0, k), (rests, k, params["length"])):
+        for part, start, stop in ((firsts, 0, k), (rests, k, scan.length)):
             xs = [
                 part[i] if i in part else lax.slice_in_dim(x, start, stop)
-                for i, x in enumerate(args[fixed:], fixed)
+                for i, x in enumerate(stacked, fixed)
             ]
-            outs = primitives.scan_p.bind(
-                *consts, *carry, *xs, **{**params, "length": stop - start}
-            )
-            carry, y = outs[: params["num_carry"]], outs[params["num_carry"] :]
+            outs = scan.bind(eqn, [*consts, *carry, *xs], stop - start)
+            carry, y = outs[: scan.carries], outs[scan.carries :]
             ys.append(y)
         return [*carry, *(lax.concatenate(both, 0) for both in zip(*ys, strict=True))]
 
     extra = [first for first, _ in stacks.values()] + [rest for _, rest in stacks.values()]
     avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in [*eqn.invars, *extra]]
-    closed = jax.make_jaxpr(two_scans)(*avals)
-    return Parts(closed.jaxpr, closed.consts, extra)
+    return Parts(jax.make_jaxpr(two_scans)(*avals), extra)
 
 
 def _frozen_then_trained(eqn: jex.JaxprEqn | None, varying: set[jex.Var]):

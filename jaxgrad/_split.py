@@ -13,10 +13,10 @@ from jaxgrad._classify import (
     Refusal,
     Varying,
     classify,
-    whence,
 )
 from jaxgrad._cut import minimum_cut
 from jaxgrad._inline import between
+from jaxgrad._jaxpr.source import whence
 from jaxgrad._program import Loss, Program, pair
 
 

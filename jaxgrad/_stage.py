@@ -30,7 +30,7 @@ from jaxgrad import _prepare
 from jaxgrad._classify import Misaligned
 from jaxgrad._encode import ENCODINGS, decode, is_encoded
 from jaxgrad._features import Features
-from jaxgrad._flops import aval
+from jaxgrad._jaxpr.source import aval
 from jaxgrad._prepare import StageError
 from jaxgrad._program import Loss
 from jaxgrad._report import Report, report

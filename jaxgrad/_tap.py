@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 from jax.extend import source_info_util
-from jax.extend.core import primitives
 from jax.interpreters import ad, batching, mlir
 
-from jaxgrad._classify import whence
 from jaxgrad._interpret import Values, bind, interpret
+from jaxgrad._jaxpr.source import whence
+from jaxgrad._jaxpr.views import Call, Checkpoint, Cond, CustomRule, Scan, bodies, view
 from jaxgrad._messages import listed, spec
 from jaxgrad._select import PyTree, is_array
 
@@ -144,7 +144,7 @@ def value_and_grads_of_taps(fun: Callable[..., Any]) -> Callable[..., Any]:
 
     def wrapped(params: PyTree, *args: Any) -> Any:
         closed, shape = jax.make_jaxpr(lambda p: fun(p, *args), return_shape=True)(params)
-        sites = _sites(closed.jaxpr)
+        sites = _sites(closed)
         if not sites:
             raise TapError(
                 "taps=True, and the loss has no tap: name the values whose gradients are wanted, "
@@ -152,7 +152,7 @@ def value_and_grads_of_taps(fun: Callable[..., Any]) -> Callable[..., Any]:
             )
 
         def moved(params: PyTree, moves: Mapping[str, Values]) -> Any:
-            outs = _run(closed.jaxpr, closed.consts, jax.tree.leaves(params), moves)
+            outs = _run(closed, jax.tree.leaves(params), moves)
             return jax.tree.unflatten(jax.tree.structure(shape), outs)
 
         still = {name: site.zeros() for name, site in sites.items()}
@@ -214,12 +214,6 @@ def _(primals: Values, tangents: Values) -> tuple[Any, Any]:
     return primals[0], tangents[0] + tangents[1]
 
 
-_CALLS = {
-    primitives.jit_p: "jaxpr",
-    primitives.closed_call_p: "call_jaxpr",
-    primitives.call_p: "call_jaxpr",
-    primitives.remat_p: "jaxpr",
-}
 _REASONS = {
     "while": "has no gradient: take a scan, or a fori_loop whose number of turns is no array",
     "custom_jvp_call": "has a derivative of its own, which does not pass through the tap: "
@@ -229,10 +223,10 @@ _REASONS = {
 _REASONS["custom_vjp_call"] = _REASONS["custom_jvp_call"]
 
 
-def _sites(jaxpr: jex.Jaxpr) -> dict[str, _Site]:
+def _sites(program: jex.ClosedJaxpr) -> dict[str, _Site]:
     """The taps of a function by name, in order."""
     sites: dict[str, _Site] = {}
-    for eqn in jaxpr.eqns:
+    for eqn in program.jaxpr.eqns:
         for name, site in _sites_of(eqn).items():
             first = sites.setdefault(name, site)
             # What is computed again is the same value, and takes part in the same cotangent.
@@ -250,16 +244,17 @@ def _sites_of(eqn: jex.JaxprEqn) -> dict[str, _Site]:
         source, scope = whence(eqn)
         source += f" in {scope}" if scope else ""
         return {params["name"]: _Site(source, params["tree"], avals, params["mapped"])}
-    if eqn.primitive is primitives.cond_p:
-        return _sites_of_branches(eqn)
-    bodies = [_sites(_open(body)[0]) for body in jex.jaxprs_in_params(eqn.params)]
-    sites = {name: site for body in bodies for name, site in body.items()}
-    if eqn.primitive is primitives.scan_p:
-        turns = (eqn.params["length"],)
-        return {n: dataclasses.replace(s, turns=turns + s.turns) for n, s in sites.items()}
-    if eqn.primitive is primitives.remat_p and eqn.params["differentiated"]:
-        return {n: dataclasses.replace(s, again=True) for n, s in sites.items()}
-    if sites and eqn.primitive not in _CALLS:
+    known = view(eqn)
+    if isinstance(known, Cond):
+        return _sites_of_branches(known)
+    sites = {name: site for body in bodies(eqn) for name, site in _sites(body).items()}
+    match known:
+        case Scan(length=length):
+            turns = (length,)
+            return {n: dataclasses.replace(s, turns=turns + s.turns) for n, s in sites.items()}
+        case Checkpoint(differentiated=True):
+            return {n: dataclasses.replace(s, again=True) for n, s in sites.items()}
+    if sites and (isinstance(known, CustomRule) or not isinstance(known, Call)):
         name = eqn.primitive.name
         raise TapError(
             f"tap {listed(map(repr, sites))} is in the {name} at {whence(eqn)[0]}, which "
@@ -268,11 +263,11 @@ def _sites_of(eqn: jex.JaxprEqn) -> dict[str, _Site]:
     return sites
 
 
-def _sites_of_branches(eqn: jex.JaxprEqn) -> dict[str, _Site]:
+def _sites_of_branches(cond: Cond) -> dict[str, _Site]:
     """One branch runs, so taps of one name are one tap."""
     sites: dict[str, _Site] = {}
-    for branch in eqn.params["branches"]:
-        for name, site in _sites(branch.jaxpr).items():
+    for branch in cond.branches:
+        for name, site in _sites(branch).items():
             other = sites.setdefault(name, site)
             if not other.like(site):
                 raise TapError(
@@ -282,9 +277,7 @@ def _sites_of_branches(eqn: jex.JaxprEqn) -> dict[str, _Site]:
     return sites
 
 
-def _run(
-    jaxpr: jex.Jaxpr, consts: Values, args: Values, moves: Mapping[str, Values]
-) -> list[jax.Array]:
+def _run(program: jex.ClosedJaxpr, args: Values, moves: Mapping[str, Values]) -> list[jax.Array]:
     """Runs a function, with the tangents of `moves` added at its taps."""
 
     def equation(eqn: jex.JaxprEqn, values: Values) -> Values:
@@ -293,22 +286,23 @@ def _run(
             return bind(eqn, values)
         if eqn.primitive is tap_p:
             return _move(eqn, values, *mine.values())
-        if eqn.primitive is primitives.scan_p:
-            return _scan(eqn, values, mine)
-        if eqn.primitive is primitives.cond_p:
-            return _cond(eqn, values, mine)
-        body, consts = _open(eqn.params[_CALLS[eqn.primitive]])
-        if eqn.primitive is primitives.remat_p:
-            policy, cse = eqn.params["policy"], eqn.params["prevent_cse"]
-            run = jax.checkpoint(
-                lambda values, mine: _run(body, consts, values, mine),
-                policy=policy,
-                prevent_cse=cse,
-            )
-            return run(values, mine)
-        return _run(body, consts, values, mine)
+        match view(eqn):
+            case Scan() as scan:
+                return _scan(scan, values, mine)
+            case Cond() as cond:
+                return _cond(cond, values, mine)
+            case Checkpoint(body, policy, prevent_cse):
+                run = jax.checkpoint(
+                    lambda values, mine: _run(body, values, mine),
+                    policy=policy,
+                    prevent_cse=prevent_cse,
+                )
+                return run(values, mine)
+            case Call(body):
+                return _run(body, values, mine)
+        raise AssertionError(f"a tap in a {eqn.primitive.name}")  # `_sites_of` has refused it
 
-    return interpret(jaxpr, consts, args, equation)
+    return interpret(program, args, equation)
 
 
 def _move(eqn: jex.JaxprEqn, values: Values, moves: Values) -> Values:
@@ -318,37 +312,28 @@ def _move(eqn: jex.JaxprEqn, values: Values, moves: Values) -> Values:
     ]
 
 
-def _scan(eqn: jex.JaxprEqn, values: Values, moves: Mapping[str, Values]) -> Values:
-    params = eqn.params
-    body, consts = _open(params["jaxpr"])
-    fixed, carried = params["num_consts"], params["num_carry"]
+def _scan(scan: Scan, values: Values, moves: Mapping[str, Values]) -> Values:
+    consts, carry, xs = scan.parts(values)
 
     def turn(carry: Values, x: tuple[Values, Mapping[str, Values]]) -> tuple[Values, Values]:
         xs, moves = x
-        outs = _run(body, consts, [*values[:fixed], *carry, *xs], moves)
-        return outs[:carried], outs[carried:]
+        outs = _run(scan.body, [*consts, *carry, *xs], moves)
+        return outs[: scan.carries], outs[scan.carries :]
 
-    carry, xs = list(values[fixed : fixed + carried]), list(values[fixed + carried :])
     carry, ys = jax.lax.scan(
         turn,
         carry,
         (xs, moves),
-        length=params["length"],
-        reverse=params["reverse"],
-        unroll=params["unroll"],
+        length=scan.length,
+        reverse=scan.reverse,
+        unroll=scan.unroll,
     )
     return [*carry, *ys]
 
 
-def _cond(eqn: jex.JaxprEqn, values: Values, moves: Mapping[str, Values]) -> Values:
+def _cond(cond: Cond, values: Values, moves: Mapping[str, Values]) -> Values:
     def run(branch: jex.ClosedJaxpr) -> Callable[..., Values]:
-        return lambda values, moves: _run(
-            branch.jaxpr, branch.consts, values, {n: moves[n] for n in _sites(branch.jaxpr)}
-        )
+        return lambda values, moves: _run(branch, values, {n: moves[n] for n in _sites(branch)})
 
     which, *operands = values
-    return jax.lax.switch(which, [*map(run, eqn.params["branches"])], operands, moves)
-
-
-def _open(body: jex.Jaxpr | jex.ClosedJaxpr) -> tuple[jex.Jaxpr, Values]:
-    return (body.jaxpr, body.consts) if isinstance(body, jex.ClosedJaxpr) else (body, [])
+    return jax.lax.switch(which, [*map(run, cond.branches)], operands, moves)

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import jaxgrad as jg
+from jaxgrad._jaxpr.views import Scan, view
 
 GOLDEN = dict(np.load(Path(__file__).parent / "goldens" / "autograd.npz"))
 
@@ -331,11 +332,10 @@ def test_microbatches_hold_gradients_of_the_selected_leaves_only():
     params = {"big": jnp.ones((64, 64)), "small": jnp.ones(64)}
     loss = lambda p, x: ((x @ p["big"]) * p["small"][None]).mean()
     f = jg.value_and_grad(loss, wrt="small", microbatches=4)
-    (scan,) = [
-        e for e in jax.make_jaxpr(f)(params, jnp.ones((8, 64))).eqns if e.primitive.name == "scan"
-    ]
-    first, carry = scan.params["num_consts"], scan.params["num_carry"]
-    assert [v.aval.shape for v in scan.invars[first : first + carry]] == [(64,)]
+    eqns = jax.make_jaxpr(f)(params, jnp.ones((8, 64))).eqns
+    ((eqn, scan),) = [(e, v) for e in eqns if isinstance(v := view(e), Scan)]
+    _, carries, _ = scan.parts(eqn.invars)
+    assert [v.aval.shape for v in carries] == [(64,)]
 
 
 @pytest.mark.parametrize(

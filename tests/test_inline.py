@@ -5,6 +5,7 @@ import pytest
 from jax.extend import core as jex
 
 from jaxgrad._inline import between, inline
+from jaxgrad._jaxpr.views import Scan, view
 
 
 def names(jaxpr):
@@ -12,11 +13,12 @@ def names(jaxpr):
 
 
 def flat(fun, varying, *args):
-    closed = inline(jax.make_jaxpr(fun)(*args), varying)
+    program = inline(jax.make_jaxpr(fun)(*args), varying)
     expected = jax.tree.leaves(fun(*args))
-    for a, b in zip(jex.jaxpr_as_fun(closed)(*args), expected, strict=True):
+    run = jex.jaxpr_as_fun(jex.ClosedJaxpr(program.jaxpr, []))
+    for a, b in zip(run(*program.consts, *args), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
-    return closed.jaxpr
+    return program.jaxpr
 
 
 X = jnp.linspace(0.1, 1, 6).reshape(2, 3)
@@ -52,7 +54,7 @@ def test_frozen_equations_leave_a_checkpoint():
     args = jnp.ones((2, 3)), jnp.ones((2, 3)), X
     jaxpr = flat(block, [False, True, False], *args)
     assert names(jaxpr) == ["mul", "sin", "remat2"]
-    assert names(jaxpr.eqns[-1].params["jaxpr"]) == ["mul", "cos"]
+    assert names(view(jaxpr.eqns[-1]).body.jaxpr) == ["mul", "cos"]
     grads = jax.grad(lambda *a: jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, []))(*a)[1].sum(), 1)
     expected = jax.grad(lambda *a: block(*a)[1].sum(), 1)
     np.testing.assert_allclose(grads(*args), expected(*args), rtol=1e-6)
@@ -80,8 +82,7 @@ def test_a_scan_splits_where_its_layers_turn_trainable():
     draw = np.random.default_rng(0).normal
     args = [jnp.asarray(draw(size=s), "float32") for s in ((3, 3, 3), (2, 3, 3))]
     jaxpr = flat(scanned, [False, True, False], *args, X)
-    scans = [e.params["length"] for e in jaxpr.eqns if e.primitive.name == "scan"]
-    assert scans == [3, 2]
+    assert [v.length for e in jaxpr.eqns if isinstance(v := view(e), Scan)] == [3, 2]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import pytest
 
 import jaxgrad as jg
 from jaxgrad import _cut
+from jaxgrad._jaxpr.views import Scan, view
 
 LAYERS = 6
 
@@ -65,12 +66,8 @@ def test_the_first_layers_are_staged(monkeypatch, last):
     expected, full = jg.value_and_grad(of_split, wrt)(split, batch)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grads, full)
-    scans = [
-        e
-        for e in jax.make_jaxpr(staged.loss)(trainable, features).eqns
-        if e.primitive.name == "scan"
-    ]
-    assert [e.params["length"] for e in scans] == [last]
+    eqns = jax.make_jaxpr(staged.loss)(trainable, features).eqns
+    assert [v.length for e in eqns if isinstance(v := view(e), Scan)] == [last]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.extend.core import Primitive
 
 from jaxgrad._classify import Constant, PerExample, Varying, classify
 from jaxgrad._inline import inline
@@ -11,14 +12,18 @@ TABLE = jnp.arange(28.0).reshape(7, 4)
 KERNEL = jnp.linspace(-1, 1, 3 * 4 * 5).reshape(3, 4, 5)
 SPEC = ("NWC", "WIO", "NWC")
 
+MYSTERY = Primitive("mystery")
+MYSTERY.def_abstract_eval(lambda x: x)
+
 
 def place(fun, rows=6):
     """The class of `fun(x)` with `x` of `[rows, 4, 6]`, and what was refused."""
-    traces = [
-        inline(jax.make_jaxpr(fun)(jnp.ones((n, 4, 6))), [False]).jaxpr for n in (rows, 2 * rows)
-    ]
-    classes = classify(*traces, (rows, 2 * rows), [PerExample(0)])
-    (out,) = traces[0].outvars
+    first, second = (
+        inline(jax.make_jaxpr(fun)(jnp.ones((n, 4, 6))), [False]) for n in (rows, 2 * rows)
+    )
+    places = [*(Constant() for _ in first.consts), PerExample(0)]
+    classes = classify(first.jaxpr, second.jaxpr, (rows, 2 * rows), places)
+    (out,) = first.jaxpr.outvars
     return classes[out], list(classes.refusals)
 
 
@@ -30,6 +35,10 @@ PER_EXAMPLE = {
     "elementwise": (lambda x: jnp.where(x > 0, jnp.exp(x), 2 * x), 0),
     "broadcast": (lambda x: jnp.broadcast_to(x[:, None], (x.shape[0], 3, 4, 6)), 0),
     "broadcast of a constant": (lambda x: jnp.broadcast_to(TABLE, (x.shape[0], 7, 4)), 0),
+    "high word of a product": (lambda x: lax.mulhi(*[(x * 1e9).astype(int)] * 2), 0),
+    "logarithm to base 2": (lambda x: jnp.log2(jnp.abs(x)), 0),
+    "polynomial": (lambda x: jnp.polyval(TABLE[0], x), 0),
+    "slope of tanh": (lambda x: jax.jvp(jnp.tanh, (x,), (x,))[1], 0),
     "transpose": (lambda x: x.transpose(2, 0, 1), 1),
     "flatten": (lambda x: x.reshape(x.shape[0], -1), 0),
     "fold into the batch": (lambda x: jnp.tanh(x.reshape(-1, 6)), 0),
@@ -55,6 +64,12 @@ PER_EXAMPLE = {
     "dynamic slice": (lambda x: lax.dynamic_slice_in_dim(x, jnp.argmax(TABLE[0]), 1, 1), 0),
     "update": (lambda x: lax.dynamic_update_slice_in_dim(x, x[:, :2] * 2, 1, 1), 0),
     "concatenate": (lambda x: jnp.concatenate([x, x * 2], 1), 0),
+    "stack in front": (lambda x: jnp.stack([x, x * 2]), 1),
+    "stack behind": (lambda x: jnp.stack([x, x * 2], 1), 0),
+    "unstack": (lambda x: jnp.unstack(x, axis=2)[1], 0),
+    "unstack what is in front": (lambda x: jnp.unstack(x.swapaxes(0, 1))[1], 0),
+    "tile others": (lambda x: jnp.tile(x, (1, 2, 3)), 0),
+    "tile what is in front": (lambda x: jnp.tile(x.reshape(-1, 6), (2, 1, 3)), 1),
     "pad": (lambda x: jnp.pad(x, ((0, 0), (1, 1), (0, 2))), 0),
     "split": (lambda x: jnp.split(x, 2, 1)[1], 0),
     "roll and flip others": (lambda x: jnp.flip(jnp.roll(x, 1, 1), 2), 0),
@@ -67,6 +82,11 @@ PER_EXAMPLE = {
     "index in vmap": (jax.vmap(lambda row: row[jnp.argmax(row[:, 0])]), 0),
     "fft": (lambda x: jnp.abs(jnp.fft.rfft(x, axis=-1)), 0),
     "cholesky": (lambda x: jnp.linalg.cholesky(x @ x.swapaxes(1, 2) + jnp.eye(4)[None]), 0),
+    "eigenvalues": (lambda x: lax.linalg.eig(x[:, :, :4])[0], 0),
+    "schur": (lambda x: lax.linalg.schur(x[:, :, :4])[0], 0),
+    "hessenberg": (lambda x: lax.linalg.hessenberg(x[:, :, :4])[0], 0),
+    "tridiagonal": (lambda x: lax.linalg.tridiagonal(x @ x.swapaxes(1, 2))[1], 0),
+    "pivots": (lambda x: lax.linalg.lu_pivots_to_permutation(lax.linalg.lu(x)[1], 5), 0),
     "barrier": (lambda x: lax.optimization_barrier((x, TABLE))[0], 0),
     "scan over others": (
         lambda x: lax.scan(lambda c, r: (c + r, c), x[:, 0], x.swapaxes(0, 1))[1],
@@ -96,7 +116,8 @@ MIXING = {
     "first example": (lambda x: x * x[:1], "picks some examples"),
     "permutation": (lambda x: x[jnp.argsort(x[:, 0, 0])], "position in the batch"),
     "index by the examples": (lambda x: x[index(x)], "depends on the size of the batch"),
-    "tile": (lambda x: jnp.concatenate([x, x]), "joins batches"),
+    "join with itself": (lambda x: jnp.concatenate([x, x]), "joins batches"),
+    "tile the batch": (lambda x: jnp.tile(x, (2, 1, 1)), "tile at .* repeats the batch"),
     "pad the batch": (
         lambda x: jnp.pad(x, ((1, 1), (0, 0), (0, 0))),
         "no multiple of the batch size",
@@ -151,9 +172,18 @@ MIXING = {
         lambda x: x + jax.random.normal(jax.random.key(0), x.shape),
         "position in the batch",
     ),
-    "unknown primitive": (
+    "scatter": (lambda x: x.at[:, 0].set(1.0), "scatter at .* writes at indices, which may lie"),
+    "callback": (
         lambda x: jax.pure_callback(lambda a: a, x, x),
-        "pure_callback at .* has no known way to treat the rows",
+        "pure_callback at .* calls a Python function, which may do anything with the batch",
+    ),
+    "seeds": (
+        jax.vmap(lambda row: jax.random.bits(jax.random.key(index(row[None])[0]))),
+        "random_seed at .* makes random keys, whose axes are not followed",
+    ),
+    "unknown primitive": (
+        lambda x: MYSTERY.bind(x),
+        "mystery at .* has no known way to treat the rows of a batch",
     ),
     "while until all are done": (
         lambda x: lax.while_loop(lambda h: jnp.any(h < 5), lambda h: h + 1, x),
