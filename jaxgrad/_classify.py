@@ -22,8 +22,8 @@ import numpy as np
 from jax.extend import core as jex
 
 from jaxgrad._jaxpr.source import aval, whence
-from jaxgrad._jaxpr.views import Call, Cond, Scan, ShardMap, While, view
-from jaxgrad._rows import COLLECTIVES, LEFT_OUT, RULES, Dim, Mixes, Shape, Step, follow
+from jaxgrad._jaxpr.views import Call, Cond, Scan, ShardMap, View, While, view
+from jaxgrad._rows import LEFT_OUT, NEVER_CONSTANT, RULES, Dim, Mixes, Shape, Step, follow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +247,7 @@ def _outputs(
     a: jex.JaxprEqn, b: jex.JaxprEqn, sizes: Sizes, places: Sequence[Place]
 ) -> Sequence[Place]:
     name = a.primitive.name
-    if name in COLLECTIVES:
+    if name in NEVER_CONSTANT:
         raise Mixes(LEFT_OUT[name])
     if a.effects or b.effects:
         raise Mixes("has a side effect, which must happen in every step")
@@ -258,8 +258,12 @@ def _outputs(
     params = dict(a.params)
     for size in _SIZES.get(name, ()):
         params[size] = unify(a.params[size], b.params[size], sizes)
-    scan_over_batch = isinstance(ours, Scan) and ours.length != theirs.length
-    if uses_batch_size(_lengthless(a), _lengthless(b), sizes):
+    scan_over_batch = (
+        isinstance(ours, Scan) and isinstance(theirs, Scan) and ours.length != theirs.length
+    )
+    # A scan over the batch has the batch size as its length, as it should.
+    bare = [v.lengthless(e) if isinstance(v, Scan) else e for e, v in ((a, ours), (b, theirs))]
+    if uses_batch_size(*bare, sizes):
         raise Mixes("depends on the size of the batch")
     ins, outs = (
         [unify(aval(x).shape, aval(y).shape, sizes) for x, y in zip(xs, ys, strict=True)]
@@ -272,13 +276,6 @@ def _outputs(
     if ours is not None:
         return _structured(ours, theirs, sizes, places, outs)
     return _places(follow(name, Step(params, axes, ins, outs)), outs)
-
-
-def _lengthless(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
-    """A scan over the batch has the batch size as its length, as it should."""
-    if eqn.primitive.name != "scan":
-        return eqn
-    return eqn.replace(params={**eqn.params, "length": None})
 
 
 def _made_for_batch(
@@ -325,7 +322,7 @@ def _body(
     return outs
 
 
-def _structured(a, b, sizes, places, outs):
+def _structured(a: View, b: Any, sizes, places, outs) -> Sequence[Place]:
     """The classes of the outputs of an equation that has programs inside."""
     match a:
         case Call():

@@ -314,8 +314,9 @@ reduce_scatter_done reduce_scatter_start unreduced_pmax unreduced_pmin unreduced
 unreduced_psum_start unreduced_reduce_scatter unreduced_reduce_scatter_start
 """
 
-# Refused for constants too: their result depends on how many devices there are, or which.
-COLLECTIVES = frozenset(_COLLECTIVES.split())
+# Refused for constants too: their result depends on which devices there are, or is another in each
+# run without an effect that says so.
+NEVER_CONSTANT = frozenset([*_COLLECTIVES.split(), "rng_uniform"])
 
 _REASONS = {
     # What a rule could follow, and none does yet.

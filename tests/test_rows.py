@@ -223,3 +223,8 @@ def test_a_constant_stays_one():
 def test_a_batch_as_large_as_another_size_is_not_taken_for_it():
     found, refusals = place(lambda x: x.swapaxes(0, 1)[:, :, :1] * jnp.ones((4, 1, 1)), rows=4)
     assert found == PerExample(1), refusals
+
+
+def test_noise_without_a_key_is_no_constant():
+    refused = place(lambda x: x * lax.rng_uniform(0.0, 1.0, ()))[1]
+    assert "draws random numbers" in str(refused[0])

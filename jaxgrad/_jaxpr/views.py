@@ -115,6 +115,10 @@ class Scan:
         given = list(inputs)
         return given[: self.consts], given[self.consts : self.fixed], given[self.fixed :]
 
+    def lengthless(self, eqn: jex.JaxprEqn) -> jex.JaxprEqn:
+        """The equation of this view without its length, to compare it with one of another."""
+        return eqn.replace(params={**eqn.params, "length": None})
+
     def bind(self, eqn: jex.JaxprEqn, values: Sequence[Any], length: int) -> list[Any]:
         """Runs the scan of an equation over stacks of another length."""
         return eqn.primitive.bind(*values, **{**eqn.params, "length": length})
@@ -285,10 +289,8 @@ def _shard_map(params: Mapping[str, Any]) -> ShardMap:
 
 _READERS: dict[str, Callable[[Mapping[str, Any]], View]] = {
     "call": functools.partial(_call, "call_jaxpr"),
-    "checkpoint": _checkpoint,
     "closed_call": functools.partial(_call, "call_jaxpr"),
     "cond": _cond,
-    "core_call": functools.partial(_call, "call_jaxpr"),
     "custom_jvp_call": _custom_rule,
     "custom_vjp_call": _custom_rule,
     "eval_jaxpr": functools.partial(_call, "call_jaxpr"),  # from jax 0.11 on, for the three calls
