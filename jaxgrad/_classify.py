@@ -262,8 +262,10 @@ def _outputs(
         isinstance(ours, Scan) and isinstance(theirs, Scan) and ours.length != theirs.length
     )
     # A scan over the batch has the batch size as its length, as it should.
-    bare = [v.lengthless(e) if isinstance(v, Scan) else e for e, v in ((a, ours), (b, theirs))]
-    if uses_batch_size(*bare, sizes):
+    one, other = (
+        v.lengthless(e) if isinstance(v, Scan) else e for e, v in ((a, ours), (b, theirs))
+    )
+    if uses_batch_size(one, other, sizes):
         raise Mixes("depends on the size of the batch")
     ins, outs = (
         [unify(aval(x).shape, aval(y).shape, sizes) for x, y in zip(xs, ys, strict=True)]
