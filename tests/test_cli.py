@@ -229,7 +229,10 @@ def test_layers_that_run_in_an_order_of_ones_own(tmp_path, capsys):
         ),
     ],
 )
-def test_user_errors_are_one_line_and_status_one(runs, capsys, argv, text):
+def test_user_errors_are_one_line_and_status_one(runs, tmp_path, monkeypatch, capsys, argv, text):
+    monkeypatch.chdir(
+        tmp_path
+    )  # the model that `jaxgrad finetune` leaves in a checkout is no fault
     (runs / "text.png").write_text("not a picture")
     (runs / "empty.npy").write_bytes(b"")
     (runs / "junk.npz").write_bytes(b"PK\x03\x04junk")
