@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad._files import replacing
-from jaxgrad._processes import is_first
-from jaxgrad._select import PyTree
-from jaxgrad._steps import rows_of
-from jaxgrad._train import Callback, StopTraining, TrainState
+from jaxgrad._devices.processes import is_first
+from jaxgrad._disk.atomic import replacing
+from jaxgrad._training.state import Callback, StopTraining, TrainState
+from jaxgrad._tree.flat import PyTree
+from jaxgrad._tree.rows import rows_of
 
 __all__ = ["early_stopping", "evaluate", "plot_history", "write_jsonl", "write_tensorboard"]
 

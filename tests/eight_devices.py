@@ -1,4 +1,4 @@
-"""Tests that need eight devices: `test_sharding.py` runs them in a process that has them."""
+"""Tests that need eight devices: `devices/test_placement.py` runs them in a process that has them."""
 
 import functools
 import logging
@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 import jaxgrad as jg
-from jaxgrad import _train
+from jaxgrad._training import fit as _fit
 
 ROWS, BATCH = 80, 16
 RAGGED = 86  # with a last batch of six, which no number of devices here divides
@@ -156,7 +156,7 @@ def test_each_row_is_read_once_an_epoch_and_no_dataset_is_put_whole():
 
 
 def test_a_file_larger_than_a_call_may_hold(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxgrad._feed.BYTES_PER_CALL", 2 * 16 * 11 * 4)  # two steps
+    monkeypatch.setattr("jaxgrad._training.resident.BYTES_PER_CALL", 2 * 16 * 11 * 4)  # two steps
     _, dataset = make()
     np.save(tmp_path / "x.npy", dataset["x"])
     dataset["x"] = np.load(tmp_path / "x.npy", mmap_mode="r")
@@ -196,9 +196,9 @@ def test_a_run_goes_on_to_the_same_bits_and_on_other_devices(tmp_path):
 
 
 def test_staged_features_are_split_with_the_rows(monkeypatch):
-    monkeypatch.setattr("jaxgrad._report._COMPILATION", 0.0)
-    monkeypatch.setattr("jaxgrad._report._STEP", 0.0)
-    monkeypatch.setattr("jaxgrad._cut.FLOPS_PER_BYTE", 1e-6)
+    monkeypatch.setattr("jaxgrad._staging.report._COMPILATION", 0.0)
+    monkeypatch.setattr("jaxgrad._staging.report._STEP", 0.0)
+    monkeypatch.setattr("jaxgrad._staging.min_cut.FLOPS_PER_BYTE", 1e-6)
     tx = jg.param_groups({"head/**": SGD})
     state = run(tx=tx, mesh=mesh(), sharding="fsdp")
     assert "the frozen part runs once per row" in state.staging
@@ -206,7 +206,7 @@ def test_staged_features_are_split_with_the_rows(monkeypatch):
 
 
 def test_a_loss_with_shard_map_is_staged(monkeypatch):
-    monkeypatch.setattr("jaxgrad._cut.FLOPS_PER_BYTE", 1e-6)
+    monkeypatch.setattr("jaxgrad._staging.min_cut.FLOPS_PER_BYTE", 1e-6)
     params, data = make()
     split = jax.shard_map(
         lambda x, p: jnp.tanh(x @ p["w"] + p["b"][None]),
@@ -251,8 +251,8 @@ def test_the_steps_are_lowered_for_machines_that_are_not_there(sharding, monkeyp
 
         return call
 
-    _compile = _train.compile_steps
-    monkeypatch.setattr(_train, "compile_steps", compile_steps)
+    _compile = _fit.compile_steps
+    monkeypatch.setattr(_fit, "compile_steps", compile_steps)
     run(
         noisy,
         epochs=1,

@@ -33,7 +33,7 @@ def train(directory: Path, epochs: int, address: list[str]) -> str:
     from jax.sharding import Mesh
 
     import jaxgrad as jg
-    from jaxgrad._processes import whole
+    from jaxgrad._devices.processes import whole
 
     mesh = None
     if address:

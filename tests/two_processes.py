@@ -1,4 +1,4 @@
-"""One of the processes of `test_processes.py`: trains, is interrupted, resumes, saves and loads.
+"""One of the processes of `devices/test_processes.py`: trains, is interrupted, resumes, saves and loads.
 
     python -m tests.two_processes --processes 2 --process 0 --port 12345 --directory PATH
 
@@ -32,8 +32,8 @@ def main() -> None:
     from jax.sharding import Mesh
 
     import jaxgrad as jg
-    from jaxgrad import _cut, _report
-    from jaxgrad._processes import whole
+    from jaxgrad._devices.processes import whole
+    from jaxgrad._staging import min_cut, report
 
     jax.config.update("jax_numpy_rank_promotion", "raise")
     if options.processes > 1:
@@ -56,8 +56,8 @@ def main() -> None:
             signal.raise_signal(signal.SIGTERM)
 
     # Prices at which even this model is worth staging.
-    _report._COMPILATION, _report._STEP = 0.0, 0.0
-    _cut.FLOPS_PER_BYTE = 1e-6
+    report._COMPILATION, report._STEP = 0.0, 0.0
+    min_cut.FLOPS_PER_BYTE = 1e-6
     # Of each batch of 16 rows, those that are this process's.
     mine = np.arange(80).reshape(5, options.processes, -1)[:, jax.process_index()].ravel()
     examples = [jax.tree.map(lambda x, i=i: x[i], dataset) for i in mine]

@@ -12,8 +12,8 @@ import optax
 
 import jaxgrad as jg
 from jaxgrad import data
-from jaxgrad._select import flatten
-from jaxgrad._store import nest
+from jaxgrad._checkpoint.arrays import nest
+from jaxgrad._tree.flat import flatten
 
 
 @dataclasses.dataclass(frozen=True)

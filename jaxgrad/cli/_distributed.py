@@ -9,7 +9,7 @@ import tyro
 from jax.sharding import Mesh
 from rich.console import Console
 
-from jaxgrad._processes import is_first
+from jaxgrad._devices.processes import is_first
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from jaxgrad._messages import nbytes, numel, size
+from jaxgrad._text import nbytes, numel, size
 
 
 def table(title: str, leaves: Mapping[str, Any], trained: Collection[str] | None) -> Table:

@@ -11,7 +11,7 @@ import tyro
 
 import jaxgrad as jg
 from jaxgrad import callbacks, data
-from jaxgrad._processes import is_first
+from jaxgrad._devices.processes import is_first
 from jaxgrad.cli._classifier import Classifier
 from jaxgrad.cli._distributed import Distributed
 

@@ -8,8 +8,9 @@ import optax
 import tyro
 
 import jaxgrad as jg
-from jaxgrad._messages import count
-from jaxgrad._select import flatten, match
+from jaxgrad._text import count
+from jaxgrad._tree.flat import flatten
+from jaxgrad._tree.wrt import match
 from jaxgrad.cli._classifier import Classifier
 from jaxgrad.cli.finetune import last_layer
 from jaxgrad.cli.pretrain import digits_or_files

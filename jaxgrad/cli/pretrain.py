@@ -8,7 +8,7 @@ import tyro
 
 import jaxgrad as jg
 from jaxgrad import data
-from jaxgrad._checkpoint import refuse_taken
+from jaxgrad._checkpoint.params import refuse_taken
 from jaxgrad.cli._classifier import Classifier
 from jaxgrad.cli._training import Training
 

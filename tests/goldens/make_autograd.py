@@ -1,4 +1,4 @@
-"""Writes `autograd.npz`, PyTorch's numbers for `test_autograd.py`: run with torch==2.13.0.
+"""Writes `autograd.npz`, PyTorch's numbers for `autograd/test_grad.py`: run with torch==2.13.0.
 
 python tests/goldens/make_autograd.py
 """

@@ -1,7 +1,8 @@
 import pytest
 
 import jaxgrad.torch as jgt
-from jaxgrad.torch import Module, _module
+from jaxgrad.torch import Module
+from jaxgrad.torch._reading import module as _module
 
 FILES = ("module_zip.pt", "module_legacy.pt", "protocol_5_module.pt")
 

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxgrad.torch as jgt
-from jaxgrad.torch import _module, _pickle
-from jaxgrad.torch._errors import MalformedError
-from jaxgrad.torch._opcodes import OPCODES
-from jaxgrad.torch._pickle import Global, Machine, Object
-from jaxgrad.torch._rebuild import REBUILD
+from jaxgrad.torch._reading import module, unpickler
+from jaxgrad.torch._reading.errors import MalformedError
+from jaxgrad.torch._reading.opcodes import OPCODES
+from jaxgrad.torch._reading.torch_globals import REBUILD
+from jaxgrad.torch._reading.unpickler import Global, Machine, Object
 
 
 def load(data: bytes) -> Any:
@@ -184,14 +184,14 @@ def test_graphs_without_end_are_refused(write_zip, body, entry, reason):
     ],
 )
 def test_work_is_limited(monkeypatch, write_zip, limit, body, reason):
-    monkeypatch.setattr(_pickle, limit, 50)
+    monkeypatch.setattr(unpickler, limit, 50)
     with pytest.raises(jgt.TorchFileError, match=reason):
         jgt.read(write_zip(body))
 
 
 def test_a_long_pickle_is_refused_before_it_is_read(monkeypatch, write_zip, write_legacy):
-    monkeypatch.setattr("jaxgrad.torch._zip.MAX_PICKLE_BYTES", 50)
-    monkeypatch.setattr(_pickle, "MAX_PICKLE_BYTES", 50)
+    monkeypatch.setattr("jaxgrad.torch._reading.zip_file.MAX_PICKLE_BYTES", 50)
+    monkeypatch.setattr(unpickler, "MAX_PICKLE_BYTES", 50)
     long = b"X\x80\0\0\0" + b"a" * 128
     with pytest.raises(jgt.TorchFileError, match="a pickle of 136 bytes, at most 50 are read"):
         jgt.read(write_zip(long))
@@ -200,7 +200,7 @@ def test_a_long_pickle_is_refused_before_it_is_read(monkeypatch, write_zip, writ
 
 
 def test_names_cost_their_length(monkeypatch, write_zip):
-    monkeypatch.setattr(_module, "MAX_NAMES_COST", 10_000)
+    monkeypatch.setattr(module, "MAX_NAMES_COST", 10_000)
     key = b"X\x00\x04\0\0" + b"k" * 1024
     # One long key at every level: the bytes are linear, the names would be quadratic.
     with pytest.raises(jgt.TorchFileError, match="too many names"):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import jaxgrad.torch as jgt
-from jaxgrad.torch import _tensors
+from jaxgrad.torch._reading import tensors as _tensors
 
 NUMBERS = struct.pack("<6f", *range(6))
 

@@ -1,0 +1,66 @@
+"""An NNX model beside its parameters: tied leaves, and statistics that a step loses."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgrad._audit.train_step import Recipe
+from jaxgrad._tree.bitwise import host
+from jaxgrad._tree.flat import Flat, PyTree, flatten, is_array
+from jaxgrad._tree.nnx import nnx_types
+
+
+def ties(params: PyTree, flat: Flat, trained: Sequence[bool]) -> list[tuple[str, str]]:
+    """The pairs of paths at which one parameter stands, one of them trained."""
+    found, first = [], {}
+    one = [id(v) for v in _variables(params, flat, ("Variable",))]
+    for i, (path, leaf) in enumerate(zip(flat.paths, flat.leaves, strict=True)):
+        if not is_array(leaf):
+            continue
+        key = one[i] if one[i] != id(None) else id(leaf)
+        j = first.setdefault(key, i)
+        # One array of equal numbers is more likely one initial value for two parameters.
+        same = key == one[i] or np.unique(host(leaf)).size > 1
+        if j != i and same and (trained[i] or trained[j]):
+            found.append((flat.paths[j], path))
+    return found
+
+
+def trained_stats(params: PyTree, flat: Flat, trained: Sequence[bool]) -> list[str]:
+    """The paths of running statistics among what is trained."""
+    nodes = _variables(params, flat, ("BatchStat",))
+    return [path for path, node, t in zip(flat.paths, nodes, trained, strict=True) if t and node]
+
+
+def _variables(params: PyTree, flat: Flat, names: tuple[str, ...]) -> list[Any]:
+    """For each leaf, the NNX Variable of these classes that holds it, or None."""
+    classes = nnx_types(*names)
+    nodes, _ = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=lambda x: isinstance(x, classes)
+    )
+    held = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): node
+        for path, node in nodes
+        if isinstance(node, classes)
+    }
+    return [held.get(path) for path in flat.paths]
+
+
+def lost_stats(recipe: Recipe, batch: PyTree) -> list[str]:
+    """The paths of what the loss writes into a module that it is given."""
+    lost = []
+
+    def call(arrays: Sequence[Any], batch: PyTree) -> None:
+        params = recipe.tree(arrays)
+        before = flatten(params)
+        recipe.loss(params, batch)
+        after = flatten(params)
+        known = dict(zip(after.paths, after.leaves, strict=True))
+        lost.extend(
+            p for p, x in zip(before.paths, before.leaves, strict=True) if known[p] is not x
+        )
+
+    jax.eval_shape(call, recipe.arrays, batch)
+    return lost

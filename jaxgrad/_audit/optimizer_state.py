@@ -1,0 +1,56 @@
+"""An optimizer's state by leaf: bytes, moments that were forgotten, what a save misses."""
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+import numpy as np
+
+from jaxgrad._checkpoint.params import inspect
+from jaxgrad._text import nbytes
+from jaxgrad._tree.bitwise import host
+from jaxgrad._tree.flat import Flat, flatten, is_array
+
+
+def state_bytes(flat: Flat, state: Any) -> list[int]:
+    """For each leaf, the bytes of the optimizer's state that is its own."""
+    return [sum(map(nbytes, arrays)) for arrays in _states(flat, state).values()]
+
+
+def _states(flat: Flat, state: Any) -> dict[str, list[Any]]:
+    """For each leaf, the arrays of the optimizer's state whose path ends in its path."""
+    held: dict[str, list[Any]] = {path: [] for path in flat.paths}
+    for path, leaf in zip(*flatten(state)[:2], strict=True):
+        if is_array(leaf):
+            parts = path.split("/")
+            ends = ("/".join(parts[i:]) for i in range(len(parts)))
+            if (owner := next((end for end in ends if end in held), None)) is not None:
+                held[owner].append(leaf)
+    return held
+
+
+def forgotten(flat: Flat, previous: Any, start: Any, fresh: Any) -> list[str]:
+    """The paths whose state was that of a run, and is that of a new optimizer now."""
+    then, now, new = (_states(flat, state) for state in (previous, start, fresh))
+    return [
+        path
+        for path in flat.paths
+        if now[path] and _equal(now[path], new[path]) and not _equal(then[path], new[path])
+        if len(then[path]) == len(new[path])
+    ]
+
+
+def _equal(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    return len(some) == len(others) and all(map(np.array_equal, map(host, some), map(host, others)))
+
+
+def unsaved(flat: Flat, saved: Any) -> list[str]:
+    """The paths of arrays that are not among those that are saved."""
+    if saved is None:
+        return []
+    if isinstance(saved, str | PathLike):
+        there = set(inspect(saved).leaves)
+    else:
+        there = {p for p, x in zip(*flatten(saved)[:2], strict=True) if is_array(x)}
+    leaves = zip(flat.paths, flat.leaves, strict=True)
+    return [path for path, leaf in leaves if is_array(leaf) and path not in there]

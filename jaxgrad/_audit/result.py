@@ -1,0 +1,148 @@
+"""What an audit found: the record of it, and its table on a terminal and in a notebook."""
+
+import dataclasses
+import html
+from collections.abc import Iterator, Sequence
+
+from jaxgrad._audit.cost import Cost
+from jaxgrad._audit.rules import Leak, Row
+from jaxgrad._staging.report import Report
+from jaxgrad._text import count, size
+from jaxgrad._tree.bitwise import LeakError
+
+_HEADER = ("", "path", "array", "", "gradient", "norm", "state", "moved", "why")
+
+
+def as_text(audit: "Audit") -> str:
+    """The table in plain text, the totals, and the leaks."""
+    cells = [_HEADER, *_cells(audit)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in cells
+    ]
+    return "\n".join([*lines, "", *_totals(audit), *_found(audit)])
+
+
+def as_html(audit: "Audit") -> str:
+    """The table in HTML; colours that read on a light and on a dark page."""
+    rows = []
+    for row, cells in zip(audit.rows, _cells(audit), strict=True):
+        colour = "#d9534f" if cells[0] else "#3a9a5c" if row.trained else "inherit"
+        opacity = 1 if cells[0] or row.trained else 0.6
+        style = f"color:{colour};opacity:{opacity}"
+        rows.append(f'<tr style="{style}">{_tags("td", cells)}</tr>')
+    below = "".join(f"<p>{html.escape(line)}</p>" for line in [*_totals(audit), *_found(audit)])
+    return (
+        f'<table style="text-align:left"><thead><tr>{_tags("th", _HEADER)}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table>{below}"
+    )
+
+
+def _tags(tag: str, cells: Sequence[str]) -> str:
+    style = ' style="text-align:left"'
+    return "".join(f"<{tag}{style}>{html.escape(cell)}</{tag}>" for cell in cells)
+
+
+def _cells(audit: "Audit") -> Iterator[tuple[str, ...]]:
+    at_fault = {path for leak in audit.leaks for path in leak.paths}
+    for row in audit.rows:
+        yield (
+            "!" * (row.path in at_fault),
+            row.path,
+            row.spec,
+            ("trained" if row.trained else "frozen") + ", unused" * (not row.used),
+            row.gradient,
+            f"{row.share:.1%}" if row.share else "-",
+            size(row.state) if row.state else "-",
+            _moved(row),
+            ", ".join(row.why),
+        )
+
+
+def _moved(row: Row) -> str:
+    if row.change is None:
+        return "-"
+    return f"{row.change.largest:.2g}" if row.change.largest else "in a bit"
+
+
+def _totals(audit: "Audit") -> Iterator[str]:
+    spent, split = audit.cost, audit.split
+    yield (
+        f"A step: {flops(spent.flops)}, {size(spent.nbytes)} read and written, "
+        f"{size(spent.peak)} at its peak."
+    )
+    if split:
+        times = f" (the step: {spent.flops / split.flops:.3g} times as many)" if split.flops else ""
+        yield (
+            f"Split by wrt: {flops(split.flops)}{times}, {size(split.nbytes)} read and written, "
+            f"{size(split.peak)} at its peak."
+        )
+    frozen = sum(row.state for row in audit.rows if not row.trained)
+    yield f"Optimizer state: {size(audit.state)}, {size(frozen)} of it for frozen parameters."
+    if audit.staging:
+        yield f"Staging: {str(audit.staging).splitlines()[0]}."
+
+
+def _found(audit: "Audit") -> Iterator[str]:
+    if not audit.leaks:
+        yield f"No leaks in {audit.steps} steps."
+        return
+    yield f"{count(audit.leaks, 'leak', verb=False)}:"
+    for leak in audit.leaks:
+        yield f"- {leak}"
+
+
+def flops(n: float) -> str:
+    """A number of operations: `12 FLOP`, `3.1 MFLOP`."""
+    for unit in ("", "k", "M", "G", "T"):
+        if n < 1000 or unit == "T":
+            break
+        n /= 1000
+    return f"{n:.3g} {unit}FLOP"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Audit:
+    """What a way to train does; made by `jaxgrad.audit`. A table, in a notebook too.
+
+    Attributes:
+        rows: what was found out about each parameter.
+        leaks: what is wrong.
+        cost: what a step costs.
+        split: what a step of the same optimizer costs where only what is trained is differentiated
+            and handed to it; None where it does not work on a half of the parameters.
+        state: bytes of the optimizer's state.
+        staging: what `jaxgrad.stage` would save; None where the loss can't be staged.
+        steps: the number of steps that were taken.
+    """
+
+    rows: tuple[Row, ...]
+    leaks: tuple[Leak, ...]
+    cost: Cost
+    split: Cost | None
+    state: int
+    staging: Report | None
+    steps: int
+
+    def __repr__(self) -> str:
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+    def __getitem__(self, path: str) -> Row:
+        """The row of the parameter at a path."""
+        for row in self.rows:
+            if row.path == path:
+                return row
+        raise KeyError(path)
+
+    def raise_if_leaky(self) -> None:
+        """Raises where something is wrong: the last line of a test.
+
+        Raises:
+            LeakError: there are leaks; the message has of each the paths, what, why and the fix.
+        """
+        if self.leaks:
+            lines = [f"{count(self.leaks, 'leak', verb=False)}:", *map(str, self.leaks)]
+            raise LeakError("\n- ".join(lines))

@@ -1,0 +1,121 @@
+"""A loss, checked: split by `wrt`, called, and refused where its value is not a scalar.
+
+`value_and_grad`, `fit` and the rest call user functions through here, so that one mistake has one
+error text everywhere.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxgrad._text import listed, spec
+from jaxgrad._tree.flat import (
+    PyTree,
+    flatten,
+    is_array,
+    is_hole,
+)
+from jaxgrad._tree.nnx import nnx_types
+from jaxgrad._tree.select import partition
+from jaxgrad._tree.wrt import SelectionError, Wrt
+
+
+class GradientError(ValueError):
+    """A loss, cotangent or batch that can't be differentiated as asked: the message says why."""
+
+    __module__ = "jaxgrad"
+
+
+def checked(fun: Callable[..., Any]) -> Callable[..., jax.Array]:
+    """`fun`, with what `value_and_grad` refuses of a loss refused when it is called or traced."""
+
+    def wrapped(params: PyTree, *args: Any, **kwargs: Any) -> jax.Array:
+        return scalar_value(call_loss(fun, params, args, kwargs))
+
+    return wrapped
+
+
+def split_for_grad(params: PyTree, wrt: Wrt) -> tuple[PyTree, PyTree]:
+    """`partition`, where each selected leaf can have a gradient."""
+    selected, rest = partition(params, wrt)
+    flat = flatten(selected)
+    for path, leaf in zip(flat.paths, flat.leaves, strict=True):
+        if is_hole(leaf):
+            continue
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise SelectionError(
+                f"wrt selects '{path}', which is {spec(leaf)} and has no gradient: "
+                f"only floating-point leaves have. Exclude it: wrt=[..., '!{path}']."
+            )
+    _refuse_statistics(selected)
+    return selected, rest
+
+
+def _refuse_statistics(selected: PyTree) -> None:
+    statistic = nnx_types("BatchStat")
+    nodes, _ = jax.tree_util.tree_flatten_with_path(
+        selected, is_leaf=lambda x: isinstance(x, statistic)
+    )
+    for path, node in nodes:
+        if isinstance(node, statistic) and jax.tree.leaves(node):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise SelectionError(
+                f"wrt selects '{name}', a running statistic ({type(node).__name__}), which no "
+                f"optimizer should move. Exclude it: wrt=[..., '!{name}']; or take parameters "
+                "and statistics apart with `jaxgrad.functional(model)`."
+            )
+
+
+def call_loss(fun: Callable[..., Any], params: PyTree, args: tuple, kwargs: dict) -> Any:
+    """Calls `fun`, and refuses to lose what it writes into an NNX module among the parameters.
+
+    A module rebuilt from its leaves is a copy: new running statistics and random counts would
+    be dropped with it, and neither Flax nor JAX says so.
+    """
+    before = _writable(params)
+    out = fun(params, *args, **kwargs)
+    if before:
+        after = _writable(params)
+        changed = [f"'{path}'" for path, x in before.items() if after.get(path, x) is not x]
+        if changed:
+            raise GradientError(
+                f"the loss changes {listed(changed)} of the NNX module it is given. That is "
+                "lost, for the module is a copy. Take `apply, params = jaxgrad.functional(model)`: "
+                "`apply.train` returns new statistics and draws from a key that you pass."
+            )
+    return out
+
+
+def _writable(tree: PyTree) -> dict[str, Any]:
+    """What an NNX module may write as it is called, by path: all but its parameters.
+
+    Parameters are left out because `nnx.remat` and `nnx.jit` write back what they were passed.
+    """
+    variable, param = nnx_types("Variable"), nnx_types("Param")
+    if not variable:
+        return {}
+    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, variable))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, node in nodes
+        if isinstance(node, variable) and not isinstance(node, param)
+        for leaf in jax.tree.leaves(node)
+    }
+
+
+def scalar_value(value: Any) -> jax.Array:
+    if not is_array(value):
+        raise GradientError(
+            f"the loss returns {type(value).__name__}, not a scalar. Where it returns "
+            "(value, aux), pass has_aux=True."
+        )
+    value = jnp.asarray(value)
+    if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise GradientError(
+            f"the loss returns {spec(value)}; a gradient needs a real scalar. "
+            "Reduce it (jnp.mean), or give a cotangent: jaxgrad.backward(..., gradient=...)."
+        )
+    return value

@@ -1,0 +1,62 @@
+"""Mixed precision: a loss in half precision of parameters that are kept in full.
+
+The cast is a part of the loss, so that its gradient is cast back: the optimizer sees the masters,
+in their own dtype, and only what is trained needs any. Of a frozen parameter the cast is a
+constant, which staging computes once.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxgrad._tree.flat import PyTree
+
+
+def mixed_precision(loss: Callable[..., Any], dtype: str = "bfloat16") -> Callable[..., Any]:
+    """Returns a loss that computes in another floating-point dtype.
+
+    Args:
+        loss: `loss(params, *args, **kwargs)`. What should be computed in full after all, as a
+            softmax over many classes, it casts itself: `logits.astype(jnp.float32)`.
+        dtype: of the computation: `bfloat16`, or `float16`, whose small gradients vanish unless the
+            loss is scaled.
+
+    Returns:
+        A function of the same arguments. Floating-point arrays among the parameters and the
+        arguments are cast before the call, and those that it returns are cast back to `float32`.
+        Gradients have the dtypes of the parameters that are passed.
+
+    Raises:
+        ValueError: `dtype` is no floating-point dtype.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxgrad as jg
+        >>> loss = jg.mixed_precision(lambda w, x: jnp.mean(x @ w))
+        >>> value, grad = jg.value_and_grad(loss)(jnp.ones((3, 2)), jnp.full((4, 3), 0.1))
+        >>> print(value, value.dtype, grad.dtype)
+        0.30078125 float32 float32
+
+    Source: Micikevicius et al., "Mixed precision training" (2018); `torch.autocast`, which chooses
+    the dtype for each operation.
+    """
+    half = jnp.dtype(dtype)
+    if not jnp.issubdtype(half, jnp.floating):
+        raise ValueError(f"dtype={dtype!r}; it must be a floating-point dtype, as 'bfloat16'.")
+
+    @functools.wraps(loss)
+    def wrapped(params: PyTree, *args: Any, **kwargs: Any) -> Any:
+        params, args, kwargs = jax.tree.map(lambda x: _cast(x, half), (params, args, kwargs))
+        out = loss(params, *args, **kwargs)
+        return jax.tree.map(lambda x: _cast(x, jnp.dtype(jnp.float32), of=half), out)
+
+    return wrapped
+
+
+def _cast(x: Any, dtype: Any, of: Any = None) -> Any:
+    """A floating-point array (of that dtype, if one is given) in another dtype."""
+    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    return x.astype(dtype) if of is None or x.dtype == of else x

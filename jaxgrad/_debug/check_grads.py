@@ -1,0 +1,247 @@
+"""Gradients against finite differences, leaf by leaf.
+
+A `custom_vjp` with a wrong sign trains, only worse. Central differences find it, where they are
+precise enough to be believed: in float64, with the step that balances rounding and truncation
+(the cube root of the machine's epsilon), and where the loss has a derivative at all. So the check
+converts what it is given, looks for lower precision inside of the loss, and says `kink` where the
+differences to the left and to the right disagree.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jex
+
+from jaxgrad._autograd.grad import grad
+from jaxgrad._autograd.loss import GradientError, split_for_grad
+from jaxgrad._jaxpr.inline import inline
+from jaxgrad._jaxpr.source import aval
+from jaxgrad._jaxpr.views import bodies
+from jaxgrad._text import listed
+from jaxgrad._tree.flat import PyTree, flatten, is_array, is_hole
+from jaxgrad._tree.select import merge
+from jaxgrad._tree.wrt import Wrt
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedPath:
+    """The verdict on the gradient of one leaf.
+
+    Attributes:
+        path: the leaf.
+        verdict: `right`; `wrong`; or `kink`, where the loss has no derivative to compare with.
+        directions: how many directions were compared.
+        gradient: the derivative by the gradient, in the direction where they differ most.
+        difference: the derivative by finite differences in that direction.
+    """
+
+    path: str
+    verdict: str
+    directions: int
+    gradient: float
+    difference: float
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class GradCheck:
+    """What `check_grads` found; printed, a table.
+
+    Attributes:
+        paths: the verdict on each selected leaf.
+        precision: the lowest floating-point type in which the loss computes.
+    """
+
+    paths: tuple[CheckedPath, ...]
+    precision: str
+
+    @property
+    def wrong(self) -> tuple[CheckedPath, ...]:
+        """The leaves whose gradients are wrong."""
+        return tuple(p for p in self.paths if p.verdict == "wrong")
+
+    def raise_if_wrong(self) -> "GradCheck":
+        """Returns itself, or raises where a gradient is wrong.
+
+        Raises:
+            GradientError: a gradient is not what finite differences say; the message has the paths.
+        """
+        if self.wrong:
+            found = (
+                f"'{p.path}' ({p.gradient:.6g} where differences say {p.difference:.6g})"
+                for p in self.wrong
+            )
+            raise GradientError(
+                f"wrong gradient: {listed(found)}. Look for a custom_vjp or custom_jvp whose rule "
+                "is not its function's derivative, or a stop_gradient."
+            )
+        return self
+
+    def __repr__(self) -> str:
+        header = ("path", "verdict", "directions", "gradient", "difference")
+        rows = [
+            (p.path, p.verdict, str(p.directions), f"{p.gradient:.6g}", f"{p.difference:.6g}")
+            for p in self.paths
+        ]
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in (header, *rows)
+        ]
+        right = sum(p.verdict == "right" for p in self.paths)
+        lines.append(f"{right} of {len(self.paths)} right, compared in {self.precision}")
+        return "\n".join(lines)
+
+
+def check_grads(
+    loss: Callable[..., Any],
+    params: PyTree,
+    *args: Any,
+    wrt: Wrt = "**",
+    directions: int = 16,
+    key: jax.Array | None = None,
+    **kwargs: Any,
+) -> GradCheck:
+    """Compares the gradient of a loss with central finite differences, leaf by leaf.
+
+    Args:
+        loss: `loss(params, *args, **kwargs)`, pure, to a scalar.
+        params: any pytree, of numbers and not of tracers: this is no function for `jit`.
+        *args: further arguments of `loss`.
+        wrt: which leaves of `params` to check; see `select`.
+        directions: a leaf of at most so many numbers is checked at each of them, a larger one in
+            so many random directions. Each takes two evaluations of the loss.
+        key: a typed PRNG key to draw the directions from; `jax.random.key(0)` if None.
+        **kwargs: further arguments of `loss`.
+
+    Returns:
+        The verdicts. All floats in the arguments are converted to float64, whatever the
+        configuration of JAX; arrays that the loss closes over, and its casts, keep their
+        precision, and where that is lower the steps and tolerances are wider.
+
+    Raises:
+        SelectionError: see `value_and_grad`.
+        GradientError: see `value_and_grad`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxgrad as jg
+        >>> @jax.custom_vjp
+        ... def square(x):
+        ...     return x**2
+        >>> square.defvjp(lambda x: (x**2, x), lambda x, g: (3 * x * g,))  # should be 2
+        >>> loss = lambda p: jnp.sum(square(p["a"])) + jnp.sum(jnp.sin(p["b"]))
+        >>> jg.check_grads(loss, {"a": jnp.ones(2), "b": jnp.zeros(3)})
+        path  verdict  directions  gradient  difference
+        a     wrong    2           3         2
+        b     right    3           1         1
+        1 of 2 right, compared in float64
+
+    Source: `torch.autograd.gradcheck`.
+    """
+    key = jax.random.key(0) if key is None else key
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        params, args, kwargs = (_doubled(tree) for tree in (params, args, kwargs))
+        selected, rest = split_for_grad(params, wrt)
+        others = flatten((rest, args, kwargs))
+        # As arguments: XLA spends seconds on folding constants of this size.
+        arrays = {i: leaf for i, leaf in enumerate(others.leaves) if hasattr(leaf, "dtype")}
+
+        def of_arrays(selected: PyTree, arrays: dict[int, Any]) -> Any:
+            leaves = [arrays.get(i, leaf) for i, leaf in enumerate(others.leaves)]
+            rest, args, kwargs = others.treedef.unflatten(leaves)
+            return loss(merge(selected, rest), *args, **kwargs)
+
+        value = jax.jit(of_arrays)
+        precision = _precision(jax.make_jaxpr(lambda s: of_arrays(s, arrays))(selected))
+        grads = flatten(jax.jit(grad(of_arrays))(selected, arrays))
+        flat = flatten(selected)
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        checked = []
+        for i, (path, leaf) in enumerate(zip(flat.paths, flat.leaves, strict=True)):
+            if is_hole(leaf):
+                continue
+
+            def at(x: Any, i: int = i) -> float:
+                leaves = [*flat.leaves[:i], x, *flat.leaves[i + 1 :]]
+                return float(value(flat.treedef.unflatten(leaves), arrays))
+
+            along = [*_directions(np.asarray(leaf), directions, rng)]
+            compared = _compare(at, np.asarray(leaf), np.asarray(grads.leaves[i]), along, precision)
+            checked.append(CheckedPath(path, compared[0], len(along), *compared[1:]))
+    return GradCheck(tuple(checked), precision.name)
+
+
+def _compare(
+    at: Callable[[Any], float],
+    x: np.ndarray,
+    gradient: np.ndarray,
+    directions: list[np.ndarray],
+    precision: np.dtype,
+) -> tuple[str, float, float]:
+    """The verdict, and both derivatives in the direction where they differ most."""
+    epsilon = float(jnp.finfo(precision).eps)
+    step = epsilon ** (1 / 3) * max(1.0, float(np.sqrt(np.mean(np.abs(x) ** 2))))
+    middle = at(x)
+
+    def one(v: np.ndarray) -> tuple[str, float, float]:
+        up, down = at(x + step * v), at(x - step * v)
+        claimed, measured = float(np.sum(gradient * v).real), (up - down) / (2 * step)
+        rounding = 8 * epsilon * max(abs(up), abs(middle), abs(down)) / step
+        allowed = 2 * epsilon ** (1 / 3) * max(abs(claimed), abs(measured)) + rounding
+        if abs(claimed - measured) <= allowed:
+            return "right", claimed, measured
+        right, left = (up - middle) / step, (middle - down) / step
+        kink = abs(right - left) > 0.01 * max(abs(right), abs(left)) + 4 * rounding
+        return "kink" if kink else "wrong", claimed, measured
+
+    # One wrong direction decides.
+    order = ("right", "kink", "wrong")
+    return max(map(one, directions), key=lambda r: (order.index(r[0]), abs(r[1] - r[2])))
+
+
+def _directions(x: np.ndarray, most: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    units = (1.0, 1.0j) if np.iscomplexobj(x) else (1.0,)
+    if x.size * len(units) <= most:
+        for i in range(x.size):
+            for unit in units:
+                v = np.zeros(x.size, x.dtype)
+                v[i] = unit
+                yield v.reshape(x.shape)
+        return
+    for _ in range(most):
+        v = np.sum([unit * rng.normal(size=x.shape) for unit in units], axis=0)
+        yield v / np.linalg.norm(v)
+
+
+def _doubled(tree: PyTree) -> PyTree:
+    flat = flatten(tree)
+    return flat.treedef.unflatten([_double(x) if is_array(x) else x for x in flat.leaves])
+
+
+def _double(x: Any) -> Any:
+    dtype = getattr(x, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+        return x
+    wide = jnp.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.float64
+    return jnp.asarray(x, wide)
+
+
+def _precision(closed: jex.ClosedJaxpr) -> np.dtype:
+    """The lowest floating-point type that what depends on the inputs is computed in."""
+    flat = inline(closed, [False] * len(closed.jaxpr.invars))
+    reached, found = set(flat.invars), [np.dtype("float64")]
+    for eqn in flat.jaxpr.eqns:
+        if any(v in reached for v in eqn.invars if isinstance(v, jex.Var)):
+            reached.update(eqn.outvars)
+            found += _floats(eqn)
+    return max(found, key=lambda dtype: float(jnp.finfo(dtype).eps))
+
+
+def _floats(eqn: jex.JaxprEqn) -> list[np.dtype]:
+    dtypes = [aval(v).dtype for v in eqn.outvars if hasattr(v.aval, "dtype")]
+    return [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)] + [
+        dtype for body in bodies(eqn) for inner in body.jaxpr.eqns for dtype in _floats(inner)
+    ]

@@ -1,0 +1,215 @@
+"""Which leaf goes where: on one device, or on a mesh of them.
+
+Data parallel, fully sharded and tensor parallel training are the same jitted steps. They differ in
+where the arrays lie, and XLA divides the work by that; so a placement is all that `fit` has to know
+of a mesh. It goes by path: an array lies where the parameter lies whose path ends its own and whose
+shape it has. Optimizer state and the arrays of a checkpoint thus follow their parameters, and
+everything else (a counter, the losses) is on every device.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from jaxgrad._text import spec
+from jaxgrad._tree.flat import PyTree, flatten, is_array, is_key
+from jaxgrad._tree.wrt import SelectionError, match
+
+Rules: TypeAlias = Literal["data", "fsdp"] | Mapping[str, PartitionSpec]
+ShardingOf: TypeAlias = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+"""From the path and the shape of an array to where it lies."""
+
+
+def on_one_device(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    """Where an array lies if there is no mesh."""
+    return SingleDeviceSharding(jax.local_devices()[0])
+
+
+class OneDevice:
+    """Everything on one device."""
+
+    sharding_of: ShardingOf = staticmethod(on_one_device)
+
+    def put(self, tree: PyTree) -> PyTree:
+        """The tree with its arrays in their places."""
+        return jax.tree.map(lambda x: jnp.asarray(x) if is_array(x) else x, tree)
+
+    def init(self, tx: optax.GradientTransformation, trainable: PyTree) -> PyTree:
+        """The first state of an optimizer."""
+        return tx.init(trainable)
+
+    def pinned(self, carry: PyTree) -> Any:
+        """Where the jitted steps are to leave the carry, the losses and the flags."""
+        return None
+
+    def rows(self, count: int) -> NamedSharding | None:
+        """Where so many rows lie, if it matters."""
+        return None
+
+
+class OnMesh:
+    """Parameters by rules, rows split over one axis of the mesh.
+
+    Args:
+        mesh: the devices.
+        sharding: where the parameters lie; see `fit`.
+        params: the parameters.
+
+    Raises:
+        SelectionError: a pattern of the rules matches no leaf.
+        ValueError: a rule does not fit the mesh or the shape of a leaf, or Explicit axes are set.
+    """
+
+    def __init__(self, mesh: Mesh, sharding: Rules, params: PyTree) -> None:
+        # On Explicit axes the code of the model would have to name them; on Auto ones it runs as
+        # it is written.
+        if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+            raise ValueError(
+                "jax.set_mesh has set a mesh with Explicit axes, under which models do not run as "
+                "they are written. Call fit outside of it; the mesh that fit is given may be that."
+            )
+        self.mesh = Mesh(mesh.devices, mesh.axis_names)
+        self.axis = "data" if "data" in mesh.axis_names else mesh.axis_names[0]
+        self.ways = mesh.shape[self.axis]
+        self.everywhere = NamedSharding(self.mesh, PartitionSpec())
+        flat = flatten(params)
+        if sharding == "data":
+            specs = [PartitionSpec()] * len(flat.leaves)
+        elif sharding == "fsdp":
+            specs = [self._split(np.shape(leaf)) for leaf in flat.leaves]
+        elif isinstance(sharding, Mapping):
+            specs = self._by_rules(sharding, params)
+        else:
+            raise ValueError(
+                f"sharding={sharding!r}; it must be 'data', 'fsdp', or a mapping from patterns of "
+                "paths to PartitionSpecs."
+            )
+        self._table = {
+            path: (np.shape(leaf), NamedSharding(self.mesh, p))
+            for path, leaf, p in zip(flat.paths, flat.leaves, specs, strict=True)
+            if is_array(leaf)
+        }
+
+    def sharding_of(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
+        """Where an array lies."""
+        parts = path.split("/")
+        for start in range(len(parts) + 1):
+            found, sharding = self._table.get("/".join(parts[start:]), (None, self.everywhere))
+            if found == shape:
+                return sharding
+        return self.everywhere
+
+    def put(self, tree: PyTree) -> PyTree:
+        """The tree with its arrays in their places."""
+        flat = flatten(tree)
+        return flat.treedef.unflatten(
+            [
+                _put(x, self.sharding_of(p, np.shape(x))) if is_array(x) else x
+                for p, x in zip(flat.paths, flat.leaves, strict=True)
+            ]
+        )
+
+    def init(self, tx: optax.GradientTransformation, trainable: PyTree) -> PyTree:
+        """The first state of an optimizer, nowhere whole where its parameters are not."""
+        flat = flatten(jax.eval_shape(tx.init, trainable))
+        shardings = flat.treedef.unflatten(
+            [
+                self.sharding_of(p, x.shape) if is_array(x) else x
+                for p, x in zip(flat.paths, flat.leaves, strict=True)
+            ]
+        )
+        return jax.jit(tx.init, out_shardings=shardings)(trainable)
+
+    def pinned(self, carry: PyTree) -> Any:
+        """Where the jitted steps are to leave the carry, the losses and the flags.
+
+        Left to itself XLA may leave it elsewhere, and the next call would be compiled anew.
+        """
+        return jax.tree.map(lambda x: x.sharding, carry), self.everywhere, self.everywhere
+
+    def rows(self, count: int) -> NamedSharding:
+        """Where so many rows lie: split, or everywhere where they don't divide."""
+        split = PartitionSpec(self.axis) if count % self.ways == 0 else PartitionSpec()
+        return NamedSharding(self.mesh, split)
+
+    def check_batch(self, batch_size: int) -> None:
+        """Raises where a batch can't be split."""
+        if batch_size % self.ways:
+            raise ValueError(
+                f"batch_size={batch_size} can't be split over the {self.ways} devices of the mesh "
+                f"axis '{self.axis}'. Choose a multiple of {self.ways}."
+            )
+
+    def _split(self, shape: tuple[int, ...]) -> PartitionSpec:
+        """Splits the longest axis that divides, as ZeRO and FSDP do."""
+        axes = [i for i, n in enumerate(shape) if n and n % self.ways == 0]
+        longest = max(axes, key=lambda i: shape[i], default=-1)
+        return PartitionSpec(*[self.axis if i == longest else None for i in range(len(shape))])
+
+    def _by_rules(self, rules: Mapping[str, PartitionSpec], params: PyTree) -> list[PartitionSpec]:
+        flat = flatten(params)
+        found: list[PartitionSpec | None] = [None] * len(flat.leaves)
+        for pattern, p in rules.items():
+            if not isinstance(p, PartitionSpec):
+                raise ValueError(
+                    f"the sharding rule '{pattern}' is {p!r}; it must be a "
+                    "jax.sharding.PartitionSpec."
+                )
+            try:
+                taken = match(flat, pattern)
+            except SelectionError as e:
+                raise SelectionError(str(e).replace("wrt pattern", "sharding pattern", 1)) from None
+            for i, take in enumerate(taken):
+                if take and found[i] is None:
+                    self._check(pattern, p, flat.paths[i], flat.leaves[i])
+                    found[i] = p
+        return [PartitionSpec() if p is None else p for p in found]
+
+    def _check(self, pattern: str, p: PartitionSpec, path: str, leaf: Any) -> None:
+        where = f"the sharding rule '{pattern}': {p} does not fit '{path}', {spec(leaf)}: "
+        shape = np.shape(leaf)
+        if len(p) > len(shape):
+            raise ValueError(f"{where}it has {len(p)} entries and the leaf {len(shape)} axes.")
+        for length, names in zip(shape, p, strict=False):
+            names = (names,) if isinstance(names, str) else names or ()
+            if unknown := [name for name in names if name not in self.mesh.shape]:
+                raise ValueError(
+                    f"{where}the mesh has no axis {unknown[0]!r}, but "
+                    f"{', '.join(map(repr, self.mesh.axis_names))}."
+                )
+            ways = math.prod(self.mesh.shape[name] for name in names)
+            if length % ways:
+                raise ValueError(f"{where}an axis of {length} can't be split over {ways} devices.")
+
+
+Placement: TypeAlias = OneDevice | OnMesh
+
+
+def placement(mesh: Mesh | None, sharding: Rules, params: PyTree, batch_size: int) -> Placement:
+    """The placement that a call of `fit` asks for."""
+    if mesh is None:
+        if sharding != "data":
+            raise ValueError(
+                f"sharding={sharding!r} needs the devices: fit(..., mesh=jax.sharding.Mesh("
+                "jax.devices(), ('data',)))."
+            )
+        return OneDevice()
+    place = OnMesh(mesh, sharding, params)
+    place.check_batch(batch_size)
+    return place
+
+
+def _put(x: Any, sharding: NamedSharding) -> jax.Array:
+    if is_key(x):
+        data = _put(jax.random.key_data(x), NamedSharding(sharding.mesh, PartitionSpec()))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    x = x if hasattr(x, "dtype") else jnp.asarray(x)
+    if isinstance(x, jax.Array) and x.is_fully_addressable and not sharding.is_fully_addressable:
+        x = np.asarray(x)  # of this process alone, and of the same value in all of them
+    return jax.device_put(x, sharding)

@@ -1,0 +1,263 @@
+"""A picture of a function: what depends on what, what is trained, and where staging cuts.
+
+PyTorch users draw `grad_fn` to see what a loss is made of. Here the jaxpr is drawn, which knows
+more: frozen parameters and the data as well, the modules, and the value at which the frozen part
+ends and is stored (`jaxgrad.stage`).
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.extend import core as jex
+
+from jaxgrad._drawing.diagram import Diagram, Inputs, diagram
+from jaxgrad._drawing.layered import layout
+from jaxgrad._drawing.svg import svg
+from jaxgrad._jaxpr.graph import trace
+from jaxgrad._staging.split import split
+from jaxgrad._staging.traced_loss import Loss
+from jaxgrad._tree.flat import PyTree, flatten, is_array
+from jaxgrad._tree.select import select
+from jaxgrad._tree.wrt import Wrt, match
+
+_MANY = 60  # more equations than one can look at
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Picture:
+    """A drawing of a function; made by `jaxgrad.graph`. In a notebook it shows itself.
+
+    Attributes:
+        diagram: its nodes and edges.
+        notes: what the legend says of each colour.
+    """
+
+    diagram: Diagram
+    notes: dict[str, str]
+
+    def __repr__(self) -> str:
+        nodes, edges = len(self.diagram.nodes), len(self.diagram.edges)
+        return f"<Picture of {nodes} nodes and {edges} edges; .save('graph.svg') writes it>"
+
+    def _repr_svg_(self) -> str:
+        return self.svg()
+
+    def svg(self) -> str:
+        """Returns the drawing in SVG, light or dark as the reader's system is."""
+        return svg(self.diagram, layout(self.diagram), self.notes)
+
+    def dot(self) -> str:
+        """Returns the graph in the language of Graphviz."""
+        nodes = [
+            f'  "{key}" [label="{_quoted(_text(n))}"{_DOT.get(n.state, "")}];'
+            for key, n in self.diagram.nodes.items()
+        ]
+        edges = [
+            f'  "{e.source}" -> "{e.target}" [label="{e.label}"{_DOT_STAGED * e.staged}];'
+            for e in self.diagram.edges
+        ]
+        head = 'digraph {\n  node [shape=box, fontname="monospace"];'
+        return "\n".join([head, *nodes, *edges, "}\n"])
+
+    def mermaid(self) -> str:
+        """Returns the graph in the language of Mermaid, which GitHub's Markdown draws."""
+        names = {key: f"n{i}" for i, key in enumerate(self.diagram.nodes)}
+        nodes = [
+            f'  {names[key]}["{_quoted(_text(n), "<br>", "#quot;")}"]'
+            + f":::{n.state}" * bool(n.state)
+            for key, n in self.diagram.nodes.items()
+        ]
+        edges = [
+            f"  {names[e.source]} {'-.->' if e.staged else '-->'}"
+            + f'|"{e.label}"|' * bool(e.label)
+            + f" {names[e.target]}"
+            for e in self.diagram.edges
+        ]
+        return "\n".join(["flowchart TD", *nodes, *edges, *_MERMAID, ""])
+
+    def png(self, scale: float = 2.0) -> bytes:
+        """Returns the drawing as a PNG file, in light colours.
+
+        Args:
+            scale: pixels for each unit of the SVG.
+
+        Raises:
+            ModuleNotFoundError: the extra `graph` is not installed.
+        """
+        try:
+            import matplotlib
+            import resvg_py
+        except ModuleNotFoundError as e:
+            raise ModuleNotFoundError(
+                f"a PNG needs '{e.name}': pip install 'jaxgrad[graph]'; .svg, .dot and .mmd need "
+                "nothing."
+            ) from e
+        # A font of known widths, which comes with matplotlib: machines without fonts draw no text.
+        folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+        files = [str(folder / f"DejaVuSansMono{weight}.ttf") for weight in ("", "-Bold")]
+        return bytes(
+            resvg_py.svg_to_bytes(
+                svg_string=self.svg().replace("ui-monospace, ", "'DejaVu Sans Mono', "),
+                zoom=scale,
+                font_files=files,
+                skip_system_fonts=True,
+            )
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the picture to a file, in the format that its name ends in.
+
+        Args:
+            path: `.svg`, `.png`, `.dot` (Graphviz) or `.mmd` (Mermaid).
+
+        Raises:
+            ValueError: the name ends in something else.
+            ModuleNotFoundError: for a PNG the extra `graph` is needed.
+        """
+        path = Path(path)
+        formats: dict[str, Callable[[], str | bytes]] = {
+            ".svg": self.svg,
+            ".png": self.png,
+            ".dot": self.dot,
+            ".mmd": self.mermaid,
+        }
+        if path.suffix not in formats:
+            raise ValueError(
+                f"'{path}' ends in '{path.suffix}'; a picture is saved as {', '.join(formats)}."
+            )
+        made = formats[path.suffix]()
+        path.write_bytes(made if isinstance(made, bytes) else made.encode())
+
+
+def graph(
+    fun: Callable[..., Any],
+    params: PyTree,
+    *args: Any,
+    wrt: Wrt | None = None,
+    depth: int | None = None,
+) -> Picture:
+    """Draws a function: parameters, operations or modules, and what is trained.
+
+    Args:
+        fun: a function that JAX can trace, `fun(params, *args)`.
+        params: any pytree: arrays, or `jax.ShapeDtypeStruct`.
+        *args: what else to trace it with: trees of arrays or of `jax.ShapeDtypeStruct`. Where the
+            first is a batch with the examples along axis 0, the value that `jaxgrad.stage` would
+            store is marked.
+        wrt: what is trained; see `select`. Without it, nothing is highlighted.
+        depth: modules to this depth are drawn as one box each, and those in a row that do the
+            same as one with a count; 0 draws operations. By default operations, or modules where
+            there are too many.
+
+    Returns:
+        The picture. `.save("graph.svg")` writes it, also as `.png`, `.dot` and `.mmd`.
+
+    Raises:
+        SelectionError: `wrt` does not fit `params`.
+        ValueError: `depth` is negative.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxgrad as jg
+        >>> def loss(params, x):
+        ...     return jnp.sum(jnp.tanh(x @ params["trunk"]) @ params["head"])
+        >>> params = {"head": jnp.ones(4), "trunk": jnp.ones((100, 4))}
+        >>> picture = jg.graph(loss, params, jnp.ones((5, 100)), wrt="head")
+        >>> [node.label for node in picture.diagram.nodes.values() if node.state == "trained"]
+        ['dot_general', 'reduce_sum', 'head']
+        >>> "stored once: 5 × 4" in picture.svg()
+        True
+
+    Source: `torchviz.make_dot`; Sugiyama, Tagawa and Toda, "Methods for visual understanding of
+    hierarchical system structures", 1981, for the layout.
+    """
+    if depth is not None and depth < 0:
+        raise ValueError(f"depth={depth}; it is 0 for operations, or a number of modules.")
+    if wrt is not None:
+        select(params, wrt)
+    traced = trace(fun, params, *args)
+    flat = flatten(params)
+    paths = [p for p, leaf in zip(flat.paths, flat.leaves, strict=True) if is_array(leaf)]
+    marks = [False] * len(flat.leaves) if wrt is None else match(flat, wrt)
+    chosen = [c for c, leaf in zip(marks, flat.leaves, strict=True) if is_array(leaf)]
+    given = sum(name.startswith("closed over/") for name in traced.inputs)
+    invars = traced.jaxpr.invars
+    params_vars = invars[given : given + len(paths)]
+    data = dict(zip(invars[given + len(paths) :], traced.inputs[given + len(paths) :], strict=True))
+    named = dict(zip(params_vars, (p or "params" for p in paths), strict=True))
+    trained = frozenset(v for v, c in zip(params_vars, chosen, strict=True) if c)
+    staged = frozenset() if wrt is None else _staged(fun, params, args, wrt, traced.jaxpr, trained)
+    inputs = Inputs(named, data, None if wrt is None else trained, staged)
+    if depth is None:
+        depth = 0 if len(traced.equations) <= _MANY else 1
+    drawn = diagram(traced.jaxpr, inputs, depth)
+    return Picture(drawn, _notes(drawn))
+
+
+def _staged(
+    fun: Callable[..., Any],
+    params: PyTree,
+    args: tuple[Any, ...],
+    wrt: Wrt,
+    jaxpr: jex.Jaxpr,
+    trained: frozenset[jex.Var],
+) -> frozenset[jex.Var]:
+    """The values that `stage` would store, in another trace of the same function.
+
+    What is frozen is inlined alike in both, so their frozen equations pair up one by one.
+    """
+    sizes = {x.shape[:1] for x in jax.tree.leaves(jax.eval_shape(lambda *a: a, *args[:1]))}
+    if len(sizes) != 1 or sizes < {(), (0,), (1,)}:
+        return frozenset()  # no batch, or one of no or one row, in which rows can't be told
+    ((rows,),) = sizes
+    flat = flatten(params)
+    cut = split(Loss(fun, flat, match(flat, wrt), args[0], args[1:]), rows)
+    moving = cut.program.depending([*cut.program.trainable, *cut.program.vary])
+    theirs = [e for e in cut.program.jaxpr.eqns if not moving.intersection(e.outvars)]
+    ours, bright = [], set(trained)
+    for eqn in jaxpr.eqns:
+        if any(v in bright for v in eqn.invars if isinstance(v, jex.Var)):
+            bright.update(eqn.outvars)
+        else:
+            ours.append(eqn)
+    if [e.primitive for e in ours] != [e.primitive for e in theirs]:
+        return frozenset()
+    pairs = {
+        b: a
+        for x, y in zip(ours, theirs, strict=True)
+        for a, b in zip(x.outvars, y.outvars, strict=True)
+    }
+    return frozenset(pairs[v] for v in cut.computed if v in pairs)
+
+
+def _notes(drawn: Diagram) -> dict[str, str]:
+    nodes = drawn.nodes.values()
+    notes = {
+        "trained": ("gradient flows", any(n.state == "trained" for n in nodes)),
+        "frozen": ("frozen", any(n.state == "frozen" for n in nodes)),
+        "staged": ("stored once, by staging", any(e.staged for e in drawn.edges)),
+        "data": ("data", any(n.kind == "input" for n in nodes)),
+    }
+    return {kind: note for kind, (note, there) in notes.items() if there}
+
+
+_DOT = {
+    "trained": ', style=filled, fillcolor="#fff0dd", color="#d97f1e"',
+    "frozen": ', style=filled, fillcolor="#eef0f3", color="#b4bac5"',
+}
+_MERMAID = (
+    "  classDef trained fill:#fff0dd,stroke:#d97f1e,color:#7c3f00",
+    "  classDef frozen fill:#eef0f3,stroke:#b4bac5,color:#5b6370",
+)
+_DOT_STAGED = ', style=dashed, color="#0f8577", penwidth=2'
+
+
+def _text(node: Any) -> str:
+    return f"{node.label}\n{node.detail}" if node.detail else node.label
+
+
+def _quoted(text: str, newline: str = "\\n", quote: str = '\\"') -> str:
+    return text.replace('"', quote).replace("\n", newline)

@@ -1,0 +1,187 @@
+"""A function as a graph of equations: who depends on whom, at which line, at what cost.
+
+JAX has traced the function already; what is missing is to read the trace. `trace` inlines its
+nested calls and names its inputs as `wrt` names them, so that a question about a parameter ("does
+it reach the loss at all, and through what?") is answered by the equations and not by a guess.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core as jex
+
+from jaxgrad._jaxpr.flops import flops
+from jaxgrad._jaxpr.inline import inline
+from jaxgrad._jaxpr.source import whence
+from jaxgrad._tree.flat import Flat, flatten, is_array
+from jaxgrad._tree.wrt import Wrt, match
+
+
+@dataclasses.dataclass(frozen=True)
+class Equation:
+    """One primitive operation of a traced function.
+
+    Attributes:
+        index: its place in the order of execution.
+        primitive: the JAX primitive, as `dot_general`.
+        inputs: the values it takes: paths of inputs, `%i` for the output of equation i (`%i.j` for
+            its j-th, where it has several), or the literal.
+        outputs: dtype and shape of what it gives.
+        source: the file, line and function that it comes from.
+        scope: the Flax module or `jax.named_scope` it is in, or "".
+        flops: floating point operations.
+    """
+
+    index: int
+    primitive: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    source: str
+    scope: str
+    flops: int
+
+    def __str__(self) -> str:
+        where = f"{self.source}{f' in {self.scope}' if self.scope else ''}"
+        outs = ", ".join(self.outputs)
+        return f"%{self.index} = {self.primitive}({', '.join(self.inputs)}) -> {outs}  # {where}"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Graph:
+    """A traced function; made by `jaxgrad.trace`.
+
+    Attributes:
+        jaxpr: the equations, nested calls inlined.
+        inputs: the path of each input array: the argument's name, `/`, and the path in it.
+        equations: the equations in order.
+    """
+
+    jaxpr: jex.Jaxpr
+    inputs: tuple[str, ...]
+    equations: tuple[Equation, ...]
+
+    def __repr__(self) -> str:
+        return "\n".join([f"inputs: {', '.join(self.inputs)}", *map(str, self.equations)])
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations of the whole function."""
+        return sum(e.flops for e in self.equations)
+
+    def depends_on(self, output: int | None = None) -> list[str]:
+        """Returns the paths of the inputs that the outputs depend on.
+
+        Args:
+            output: which output, counted as `jax.tree.leaves` has them; all if None.
+        """
+        outs = self.jaxpr.outvars if output is None else [self.jaxpr.outvars[output]]
+        needed = {v for v in outs if isinstance(v, jex.Var)}
+        for eqn in reversed(self.jaxpr.eqns):
+            if needed.intersection(eqn.outvars):
+                needed.update(v for v in eqn.invars if isinstance(v, jex.Var))
+        named = zip(self.jaxpr.invars, self.inputs, strict=True)
+        return [path for var, path in named if var in needed]
+
+    def influences(self, wrt: Wrt) -> list[Equation]:
+        """Returns the equations that depend on some of the inputs.
+
+        Args:
+            wrt: which inputs: globs over `inputs`, or a predicate `(path, shape) -> bool`.
+
+        Raises:
+            SelectionError: a glob matches no input.
+        """
+        specs = [v.aval for v in self.jaxpr.invars]
+        chosen = match(Flat(list(self.inputs), specs, None), wrt)
+        reached = {v for v, c in zip(self.jaxpr.invars, chosen, strict=True) if c}
+        found = []
+        for eqn, equation in zip(self.jaxpr.eqns, self.equations, strict=True):
+            if any(v in reached for v in eqn.invars if isinstance(v, jex.Var)):
+                reached.update(eqn.outvars)
+                found.append(equation)
+        return found
+
+
+def trace(fun: Callable[..., Any], *args: Any) -> Graph:
+    """Returns the graph of a function: its equations, with source lines, scopes and costs.
+
+    Calls of `jit`, checkpoints and custom derivatives are seen through; a `scan`, `while` or
+    `cond` is one equation.
+
+    Args:
+        fun: a function that JAX can trace.
+        *args: what to trace it with: trees of arrays or of `jax.ShapeDtypeStruct`.
+
+    Returns:
+        The graph. Printed, it lists the equations.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxgrad as jg
+        >>> def loss(params, x):
+        ...     return jnp.sum(jnp.tanh(x @ params["trunk"]) @ params["head"])
+        >>> params = {"head": jnp.ones(4), "trunk": jnp.ones((3, 4)), "unused": jnp.ones(2)}
+        >>> graph = jg.trace(loss, params, jnp.ones((5, 3)))
+        >>> graph.inputs
+        ('params/head', 'params/trunk', 'params/unused', 'x')
+        >>> graph.depends_on()
+        ['params/head', 'params/trunk', 'x']
+        >>> [e.primitive for e in graph.influences("params/head")]
+        ['dot_general', 'reduce_sum']
+
+    Source: the graph that `torchviz.make_dot` draws from a PyTorch tensor's `grad_fn`.
+    """
+    flats = [flatten(arg) for arg in args]
+    arrays = [[x for x in flat.leaves if is_array(x)] for flat in flats]
+
+    def of_arrays(*arrays):
+        return fun(*(_filled(f, values) for f, values in zip(flats, arrays, strict=True)))
+
+    closed = jax.make_jaxpr(of_arrays)(*arrays)
+    names = [
+        "/".join(part for part in (name, path) if part)
+        for name, flat in zip(_argument_names(fun, len(args)), flats, strict=True)
+        for path, leaf in zip(flat.paths, flat.leaves, strict=True)
+        if is_array(leaf)
+    ]
+    flat = inline(closed, [False] * len(closed.jaxpr.invars))
+    closed_over = [f"closed over/{i}" for i in range(len(flat.consts))]
+    inputs = (*closed_over, *names)
+    return Graph(flat.jaxpr, inputs, _equations(flat.jaxpr, inputs))
+
+
+def _equations(jaxpr: jex.Jaxpr, inputs: Sequence[str]) -> tuple[Equation, ...]:
+    names = dict(zip(jaxpr.invars, inputs, strict=True))
+    equations = []
+    for i, eqn in enumerate(jaxpr.eqns):
+        several = len(eqn.outvars) > 1
+        equations.append(
+            Equation(
+                i,
+                eqn.primitive.name,
+                tuple(names[v] if isinstance(v, jex.Var) else str(v.val) for v in eqn.invars),
+                tuple(v.aval.str_short(short_dtypes=False) for v in eqn.outvars),
+                *whence(eqn),
+                flops(eqn),
+            )
+        )
+        names.update({v: f"%{i}.{j}" if several else f"%{i}" for j, v in enumerate(eqn.outvars)})
+    return tuple(equations)
+
+
+def _argument_names(fun: Callable[..., Any], count: int) -> list[str]:
+    try:
+        parameters = inspect.signature(fun).parameters.values()
+    except (TypeError, ValueError):  # a builtin, or a wrapped C function
+        parameters = ()
+    positional = [
+        p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    return [positional[i] if i < len(positional) else str(i) for i in range(count)]
+
+
+def _filled(flat: Flat, arrays: Sequence[Any]) -> Any:
+    values = iter(arrays)
+    return flat.treedef.unflatten([next(values) if is_array(x) else x for x in flat.leaves])

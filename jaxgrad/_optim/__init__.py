@@ -1,0 +1,5 @@
+"""Optimizers that see selected leaves only: groups, updates with holes, averages of parameters.
+
+May import `_tree` and `_text`. A new option of a group belongs in `param_groups.py`, its resume
+in `_training/resume.py`.
+"""

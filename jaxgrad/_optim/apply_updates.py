@@ -1,0 +1,71 @@
+"""Updates with holes, added to the parameters: a frozen leaf is returned as the object it was."""
+
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxgrad._text import spec
+from jaxgrad._tree.flat import PyTree, check_same_structure, flatten, is_hole
+from jaxgrad._tree.select import refuse_tied
+
+T = TypeVar("T")
+
+
+class UpdateError(ValueError):
+    """Updates that do not fit the parameters or the state: the message names the paths."""
+
+    __module__ = "jaxgrad"
+
+
+def apply_updates(params: T, updates: PyTree) -> T:
+    """Adds updates to parameters; where an update is a hole, the parameter stays the same array.
+
+    Args:
+        params: any pytree, whole or a half.
+        updates: a tree of the structure of `params`, with `None` for leaves to leave alone.
+
+    Returns:
+        The new parameters, in the dtypes of `params`.
+
+    Raises:
+        UpdateError: the structures or a shape differ, or there is an update for a hole.
+        SelectionError: an NNX parameter is tied (see `select`).
+
+    Example:
+        >>> import jax.numpy as jnp, jaxgrad as jg
+        >>> params = {"head": jnp.ones(2), "trunk": jnp.ones(3)}
+        >>> new = jg.apply_updates(params, {"head": jnp.full(2, -0.1), "trunk": None})
+        >>> print(new["head"], new["trunk"] is params["trunk"])
+        [0.9 0.9] True
+
+    Source: `optax.apply_updates`, which needs an update for every leaf; the `Optimizer.step` of
+    PyTorch, which passes over a parameter whose `grad` is None.
+    """
+    refuse_tied(params)
+    p, u = flatten(params), flatten(updates)
+    check_same_structure(p, u, "params", "updates", UpdateError)
+    return p.treedef.unflatten(
+        [_apply(*place) for place in zip(p.paths, p.leaves, u.leaves, strict=True)]
+    )
+
+
+def _apply(path: str, param: Any, update: Any) -> Any:
+    if is_hole(update):
+        return param
+    if is_hole(param):
+        raise UpdateError(
+            f"there is an update for '{path}' and no parameter. Apply updates to the tree that "
+            "the gradients were taken in."
+        )
+    if jnp.result_type(update) == jax.dtypes.float0:  # what jax.grad has for an integer
+        return param
+    if jnp.shape(param) != jnp.shape(update):
+        raise UpdateError(
+            f"the update for '{path}' is {spec(update)}, the parameter {spec(param)}."
+        )
+    # As optax.apply_updates does: add in the wider dtype, return the parameter's.
+    with jax.numpy_dtype_promotion("standard"):
+        moved = jnp.asarray(param + update).astype(jnp.result_type(param))
+    # XLA on CPU reads a subnormal number as zero, so that even adding -0.0 would lose it.
+    return jnp.where(update == 0, param, moved)

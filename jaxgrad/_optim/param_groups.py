@@ -1,0 +1,305 @@
+"""Freezing in the optimizer: one transformation per group of parameters, none for the rest.
+
+Optax freezes by adding to a chain (`masked`, `set_to_zero`, `freeze`), and what comes after
+or beside the addition can still move a frozen leaf, store state for it, or count it in a norm.
+Here each transformation is given a tree in which the leaves of others are holes. It can't
+decay, clip or remember what it doesn't see.
+
+A hole in the gradients gives a hole in the updates. A frozen leaf that comes with a gradient
+all the same (from `jax.grad` over everything) gets an update of negative zero, for `-0.0 + 0.0`
+is `0.0`, but `-0.0 + -0.0` is `-0.0`. `optax.apply_updates` then keeps every normal number;
+`apply_updates` here keeps the subnormal ones too, which XLA's addition on CPU flushes to zero.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxgrad._optim.apply_updates import UpdateError
+from jaxgrad._text import count, listed, nbytes, numel, size, spec
+from jaxgrad._tree.flat import (
+    Flat,
+    PyTree,
+    check_same_structure,
+    flatten,
+    halves,
+    is_array,
+    is_hole,
+    paths,
+)
+from jaxgrad._tree.select import refuse_tied
+from jaxgrad._tree.wrt import SelectionError, Wrt, match
+
+Groups: TypeAlias = (
+    Mapping[str, optax.GradientTransformation] | Iterable[tuple[Wrt, optax.GradientTransformation]]
+)
+
+
+class ParamGroupsState(NamedTuple):
+    """The states of the groups' transformations, in the order of the groups."""
+
+    groups: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Assignment:
+    """Which group takes which leaves; see `ParamGroups.assign`.
+
+    Attributes:
+        groups: the leaves of each group by path, by the name of the group.
+        frozen: the leaves that no group takes, by path.
+        wrt: the boolean tree of the leaves that some group takes, a `wrt` for everything else.
+    """
+
+    groups: Mapping[str, Mapping[str, Any]]
+    frozen: Mapping[str, Any]
+    wrt: PyTree
+
+    def __repr__(self) -> str:
+        lines = []
+        for name, leaves in [*self.groups.items(), ("frozen", self.frozen)]:
+            width = max(map(len, leaves), default=0)
+            n = sum(map(numel, leaves.values()))
+            total = size(sum(map(nbytes, leaves.values())))
+            lines.append(f"{name}: {count([*leaves], 'leaf', verb=False)}, {n:,} numbers, {total}")
+            lines += [f"  {path:{width}}  {spec(leaf)}" for path, leaf in leaves.items()]
+        return "\n".join(lines)
+
+
+class ParamGroups(optax.GradientTransformationExtraArgs):
+    """An Optax transformation that knows its groups; made by `param_groups`."""
+
+    groups: tuple[tuple[Wrt, optax.GradientTransformationExtraArgs], ...]
+
+    def __new__(cls, groups: Groups) -> "ParamGroups":
+        """Makes the transformation; see `param_groups`."""
+        pairs = groups.items() if isinstance(groups, Mapping) else groups
+        resolved = tuple((wrt, optax.with_extra_args_support(tx)) for wrt, tx in pairs)
+        if not resolved:
+            raise SelectionError(
+                "param_groups needs at least one group; without any, all is frozen."
+            )
+
+        def init(params: PyTree) -> ParamGroupsState:
+            refuse_tied(params)
+            flat = flatten(params)
+            owners = _owners(flat, resolved)
+            return ParamGroupsState(
+                tuple(tx.init(_part(flat, owners, i)) for i, (_, tx) in enumerate(resolved))
+            )
+
+        def update(
+            updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
+        ) -> tuple[PyTree, Any]:
+            return _update(resolved, updates, state, params, extra)
+
+        self = super().__new__(cls, init, update)  # pyright: ignore[reportArgumentType]
+        self.groups = resolved
+        return self
+
+    def __repr__(self) -> str:
+        return f"<param_groups {', '.join(_names(self.groups))}; everything else frozen>"
+
+    def assign(self, params: PyTree) -> Assignment:
+        """Returns which group takes which leaf; its repr lists them, with shapes and bytes.
+
+        Args:
+            params: the parameters, or the trainable half of them.
+
+        Raises:
+            SelectionError: see `param_groups`.
+
+        Example:
+            >>> import jax.numpy as jnp, optax, jaxgrad as jg
+            >>> params = {"head": jnp.ones((2, 3)), "trunk": [jnp.ones(4), jnp.ones(5)]}
+            >>> jg.param_groups({"head": optax.adam(1e-3)}).assign(params)
+            head: 1 leaf, 6 numbers, 24 B
+              head  float32[2,3]
+            frozen: 2 leaves, 9 numbers, 36 B
+              trunk/0  float32[4]
+              trunk/1  float32[5]
+        """
+        refuse_tied(params)
+        flat = flatten(params)
+        owners = _owners(flat, self.groups)
+        taken: list[dict[str, Any]] = [{} for _ in (*self.groups, "frozen")]
+        for path, leaf, owner in zip(flat.paths, flat.leaves, owners, strict=True):
+            if is_array(leaf):
+                taken[-1 if owner is None else owner][path] = leaf
+        mask = [
+            None if is_hole(x) else o is not None for x, o in zip(flat.leaves, owners, strict=True)
+        ]
+        return Assignment(
+            dict(zip(_names(self.groups), taken, strict=False)),
+            taken[-1],
+            flat.treedef.unflatten(mask),
+        )
+
+
+def param_groups(groups: Groups) -> ParamGroups:
+    """Returns an Optax transformation with one transformation per group, everything else frozen.
+
+    Args:
+        groups: a transformation for each `wrt` (see `select`), as a dict by glob or as pairs.
+            They are tried in order, and the first that matches takes the leaf.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`. `init` takes the trainable half of the
+        parameters, or all of them; `update` takes gradients with holes (`jaxgrad.grad`), or for
+        all leaves (`jax.grad`), and returns updates of the same structure. A frozen leaf has no
+        state, no share in a norm, and stays as it is, bit for bit: its update is a hole where
+        its gradient is one, and else negative zero. Extra arguments go to every group.
+        `.assign(params)` lists which group takes what.
+
+        To clip by the norm over several groups, nest: `param_groups({"!trunk/**":
+        optax.chain(optax.clip_by_global_norm(1.0), param_groups({...}))})`.
+
+    Raises:
+        SelectionError: there is no group; and on `init` or `update`, a pattern matches no leaf,
+            a predicate takes none of a tree without holes, a group is left only leaves that
+            earlier groups take, or an NNX parameter is tied (see `select`).
+        UpdateError: on `update`, gradients, parameters and state are not of one structure.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, jaxgrad as jg
+        >>> params = {"head": jnp.ones(2), "trunk": jnp.ones(3)}
+        >>> tx = jg.param_groups({"head": optax.sgd(0.5, momentum=0.9)})
+        >>> trainable, frozen = jg.partition(params, "head")
+        >>> state = tx.init(trainable)
+        >>> grads = jg.grad(lambda p: jnp.sum(p["head"]) * jnp.sum(p["trunk"]), "head")(params)
+        >>> updates, state = tx.update(grads, state, trainable)
+        >>> print(updates["head"], updates["trunk"])
+        [-1.5 -1.5] None
+        >>> params = jg.apply_updates(params, updates)
+        >>> print(params["head"], params["trunk"])
+        [-0.5 -0.5] [1. 1. 1.]
+
+    Source: the parameter groups of `torch.optim.Optimizer`, and Optax's `partition`, which
+    asks for a label for every leaf.
+    """
+    return ParamGroups(groups)
+
+
+def _update(
+    groups: tuple[tuple[Wrt, optax.GradientTransformationExtraArgs], ...],
+    updates: PyTree,
+    state: ParamGroupsState,
+    params: PyTree | None,
+    extra: dict[str, Any],
+) -> tuple[PyTree, ParamGroupsState]:
+    given = flatten(updates)
+    known = given
+    if params is not None:
+        known = flatten(params)
+        check_same_structure(known, given, "params", "updates", UpdateError)
+    owners = _owners(known, groups)
+    owners = [None if is_hole(u) else owner for u, owner in zip(given.leaves, owners, strict=True)]
+    leaves = [
+        update if is_hole(update) or owner is not None else _still(update)
+        for update, owner in zip(given.leaves, owners, strict=True)
+    ]
+    states = []
+    for i, ((_, tx), group_state) in enumerate(zip(groups, state.groups, strict=True)):
+        if i not in owners:
+            states.append(group_state)
+            continue
+        part = None if params is None else _part(known, owners, i)
+        if part is not None:
+            _refuse_holes(known, owners, i)
+        new, group_state = _call(tx, _part(given, owners, i), group_state, part, extra)
+        states.append(group_state)
+        leaves = [
+            n if o == i else u for n, o, u in zip(flatten(new).leaves, owners, leaves, strict=True)
+        ]
+    return given.treedef.unflatten(leaves), ParamGroupsState(tuple(states))
+
+
+def _call(
+    tx: optax.GradientTransformationExtraArgs,
+    updates: PyTree,
+    state: Any,
+    params: PyTree | None,
+    extra: dict[str, Any],
+) -> tuple[PyTree, Any]:
+    try:
+        new, after = tx.update(updates, state, params, **extra)
+    except (TypeError, ValueError) as e:
+        # Optax reports a state made for other leaves as a mismatch deep in some tree map.
+        _refuse_other_leaves(tx, updates if params is None else params, state, e)
+        raise
+    if jax.tree.structure(after) != jax.tree.structure(state):
+        # Others of its maps read a hole as a leaf, and drop that leaf's momentum in silence.
+        _refuse_other_leaves(tx, updates if params is None else params, state, None)
+    return new, after
+
+
+def _refuse_other_leaves(tx: Any, given: PyTree, state: Any, cause: Exception | None) -> None:
+    needed, had = (set(paths(s)) for s in (jax.eval_shape(tx.init, given), state))
+    if needed != had:
+        lacks, excess = (sorted(map(repr, s)) for s in (needed - had, had - needed))
+        raise UpdateError(
+            f"the state was made for other leaves than have gradients: it lacks "
+            f"{listed(lacks) or 'none'}, and has {listed(excess) or 'none'} in excess. Make it "
+            "by tx.init(trainable), from `trainable, frozen = jaxgrad.partition(params, wrt)`."
+        ) from cause
+
+
+def _owners(flat: Flat, groups: Iterable[tuple[Wrt, Any]]) -> list[int | None]:
+    """The index of the group that takes each position, `None` for those frozen."""
+    owners: list[int | None] = [None] * len(flat.paths)
+    groups = tuple(groups)
+    for i, (wrt, _) in enumerate(groups):
+        hits = match(flat, wrt)
+        if not any(hits) and not any(map(is_hole, flat.leaves)):
+            raise SelectionError(
+                f"the group {_names(groups)[i]!r} takes no leaf, so its transformation would train "
+                f"nothing. The tree's paths: {listed(map(repr, flat.paths))}."
+            )
+        free = [hit and owner is None for hit, owner in zip(hits, owners, strict=True)]
+        if any(hits) and not any(free):
+            names = _names(groups)
+            first = next(o for hit, o in zip(hits, owners, strict=True) if hit and o is not None)
+            raise SelectionError(
+                f"the group {names[i]!r} is left without a leaf: groups before it take all that it "
+                f"matches. The first match wins: put it before {names[first]!r}."
+            )
+        owners = [i if f else owner for f, owner in zip(free, owners, strict=True)]
+    return owners
+
+
+def _part(flat: Flat, owners: list[int | None], group: int) -> PyTree:
+    return halves(flat, [owner == group for owner in owners])[0]
+
+
+def _refuse_holes(params: Flat, owners: list[int | None], group: int) -> None:
+    holes = [
+        f"'{path}'"
+        for path, leaf, owner in zip(params.paths, params.leaves, owners, strict=True)
+        if owner == group and is_hole(leaf)
+    ]
+    if holes:
+        raise UpdateError(
+            f"there are gradients for {listed(holes)} and no parameters. Pass params= from the "
+            "tree that the gradients were taken in, or its trainable half."
+        )
+
+
+def _names(groups: Iterable[tuple[Wrt, Any]]) -> list[str]:
+    return [wrt if isinstance(wrt, str) else _name(wrt, i) for i, (wrt, _) in enumerate(groups)]
+
+
+def _name(wrt: Wrt, i: int) -> str:
+    if isinstance(wrt, list | tuple):
+        return str(list(wrt))
+    return f"group {i}, by {'a predicate' if callable(wrt) else 'a tree of booleans'}"
+
+
+def _still(update: Any) -> Any:
+    """The update that changes nothing, not even the sign of a zero."""
+    if jnp.issubdtype(jnp.result_type(update), jnp.inexact):
+        return -jnp.zeros_like(update)
+    return update if update.dtype == jax.dtypes.float0 else jnp.zeros_like(update)

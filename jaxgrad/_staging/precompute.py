@@ -1,0 +1,235 @@
+"""Running the frozen part over a dataset: in chunks, checked, and never twice."""
+
+import functools
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jex
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxgrad._jaxpr.source import aval, whence
+from jaxgrad._staging import features as _features
+from jaxgrad._staging.encoding import decode, encode, is_encoded, squares
+from jaxgrad._staging.split import Split
+
+
+class StageError(ValueError):
+    """A loss, a dataset or features that staging can't work with; the message says why."""
+
+    __module__ = "jaxgrad"
+
+
+class Frozen:
+    """The frozen part as a function of the first row of a chunk of a dataset.
+
+    Args:
+        split: the split, traced for the rows of a chunk.
+        values: the values of its frozen inputs.
+        dataset: the parts of the dataset, as the batch has them.
+        encoding: how to store floating point features.
+        sharding: how the rows of a chunk lie on the mesh that the values are on.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        values: Sequence[Any],
+        dataset: Sequence[Any],
+        encoding: str | None,
+        sharding: NamedSharding | None = None,
+    ) -> None:
+        self.split, self.values, self.dataset = split, values, dataset
+        self.jaxpr = split.features()
+        self.encoding = encoding
+        self.error = np.zeros(2)
+        self.sharding = sharding
+        # Each process of several needs all features: any row may be in its part of a later step.
+        everywhere = sharding and NamedSharding(sharding.mesh, PartitionSpec())
+        features = jex.jaxpr_as_fun(jex.ClosedJaxpr(self.jaxpr, []))
+        compute = functools.partial(_compute, split, features, encoding)
+        self.compute = jax.jit(compute, out_shardings=everywhere)
+
+    def __call__(self, start: int) -> list[jax.Array]:
+        """The arrays to store for the chunk that starts at this row."""
+        stored, error = self.run(self.chunk(start))
+        if self.encoding:  # to read it is to wait for it
+            self.error += np.asarray(error)
+        return stored
+
+    def run(self, chunk: Sequence[Any]) -> tuple[list[jax.Array], jax.Array]:
+        """The arrays to store for some rows, and what encoding them changed."""
+        if self.sharding is not None:
+            chunk = [_laid(np.asarray(rows), self.sharding) for rows in chunk]
+        return self.compute(*self.values, *chunk)
+
+    def chunk(self, start: int) -> list[Any]:
+        """The rows of the dataset that a chunk takes."""
+        return [_rows(leaf, start, self.split.rows) for leaf in self.dataset]
+
+    def specs(self, total: int) -> list[jax.ShapeDtypeStruct]:
+        """What the features of the whole dataset will be."""
+        avals = [jax.ShapeDtypeStruct(aval(v).shape, aval(v).dtype) for v in self.jaxpr.invars]
+        stored, _ = jax.eval_shape(self.compute, *avals)
+        return [jax.ShapeDtypeStruct((total, *s.shape[1:]), s.dtype) for s in stored]
+
+    def confirm(self) -> None:
+        """Runs the first chunk's last rows at other places, among other rows.
+
+        Raises:
+            StageError: a row came out differently.
+        """
+        half = self.split.rows // 2
+        if not half:
+            return
+        batch = self.chunk(0)
+        moved = [np.concatenate([np.asarray(x)[-half:]] * 3)[: len(x)] for x in batch]
+        alone, among = (iter(self.run(rows)[0]) for rows in (batch, moved))
+        for var in self.split.computed:
+            dtype = aval(var).dtype
+            a, b = (np.asarray(decode(x, dtype, self.encoding)) for x in (alone, among))
+            if not _close(a[-half:], b[:half], is_encoded(dtype, self.encoding)):
+                eqn = next(e for e in self.split.program.jaxpr.eqns if var in e.outvars)
+                raise StageError(
+                    f"the frozen value {var.aval} from {eqn.primitive.name} at {whence(eqn)[0]} is "
+                    "another one when the same example stands among other examples, so it can't "
+                    "be computed once per example. Does a custom operation mix the batch?"
+                )
+
+    def key(self) -> str:
+        """A hash of all that the features depend on."""
+        digest = hashlib.sha256()
+        text = re.sub(r"0x[0-9a-f]+", "", str(self.jaxpr))  # addresses of functions
+        for part in (text, jax.__version__, version("jaxlib"), jax.default_backend()):
+            digest.update(part.encode() + b"\0")
+        digest.update(f"{self.encoding} {self.split.rows}".encode())
+        used = {v for e in self.jaxpr.eqns for v in e.invars if isinstance(v, jex.Var)}
+        inputs = zip(self.jaxpr.invars, [*self.values, *self.dataset], strict=True)
+        for value in (value for v, value in inputs if v in used):
+            digest.update(f"{np.shape(value)} {value.dtype}".encode())
+            for start in range(0, len(value) if np.ndim(value) else 1, 4096):
+                part = value[start : start + 4096] if np.ndim(value) else value
+                digest.update(np.ascontiguousarray(part).tobytes())
+        return digest.hexdigest()[:32]
+
+
+def _compute(split: Split, features: Any, encoding: str | None, *inputs: Any):
+    """The arrays to store for a chunk, and how far encoding moves them."""
+    values = zip(split.computed, features(*inputs), strict=True)
+    rows = [split.place(var).rows_first(x) for var, x in values]
+    stored = [array for x in rows for array in encode(x, encoding)]
+    error = jnp.zeros(2)
+    for x in rows:
+        if is_encoded(x.dtype, encoding):
+            error += jnp.stack(squares(x, encoding))
+    return stored, error
+
+
+def _rows(leaf: Any, start: int, rows: int) -> Any:
+    if isinstance(leaf, jax.Array):
+        return jax.lax.dynamic_slice_in_dim(leaf, start, rows)  # one compilation for all chunks
+    return np.asarray(leaf[start : start + rows])
+
+
+def _laid(rows: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
+
+
+def _close(a: np.ndarray, b: np.ndarray, encoded: bool) -> bool:
+    if not jnp.issubdtype(a.dtype, jnp.inexact):
+        # Rounding decides ties: a sign or an argmax may flip where two numbers are all but equal.
+        return np.mean(a != b) <= 0.01
+    # An int8 step is up to 1/127 of the largest number, whichever way a tie is rounded.
+    tolerance = 0.02 if encoded else 10 * float(jnp.finfo(a.dtype).eps) ** 0.5
+    a, b = (np.asarray(x, np.complex128 if np.iscomplexobj(a) else np.float64) for x in (a, b))
+    finite = np.isfinite(a) & np.isfinite(b)
+    if not np.array_equal(np.isfinite(a), np.isfinite(b)):
+        return False
+    a, b = a[finite], b[finite]
+    return not a.size or np.max(np.abs(a - b)) <= tolerance * max(np.max(np.abs(a)), 1e-30)
+
+
+def prepare(
+    frozen: Frozen, total: int, where: str | os.PathLike[str], budget: int | None, progress: bool
+) -> tuple[tuple[Any, ...], _features.Stats]:
+    """Runs the frozen part over all rows; returns what it stored, and about it."""
+    specs = frozen.specs(total)
+    if not specs:
+        return (), _features.Stats(str(where), 0, 0.0)
+    rows = frozen.split.rows
+    starts = [min(start, total - rows) for start in range(0, total, rows)]
+    need = _features.nbytes(specs)
+    place = place_for(where, need, budget)
+    frozen.confirm()
+    track = _progress(len(starts)) if progress else lambda items: items
+    if place == "device":
+        values = _features.on_device(specs, track(starts), frozen)
+    elif place == "host":
+        values = _features.on_host(specs, track(starts), frozen)
+    else:
+        folder = Path(place) / frozen.key()
+        values = _features.on_disk(specs, starts, rows, _counted(frozen, track(starts)), folder)
+        place = str(folder)
+    error = float(np.sqrt(frozen.error[0] / max(frozen.error[1], 1e-30)))
+    return values, _features.Stats(place, need, error)
+
+
+def _counted(frozen: Frozen, ticks: Iterable[int]) -> Callable[[int], list[jax.Array]]:
+    """Moves the progress bar with each chunk that is computed."""
+    ticks = iter(ticks)
+
+    def compute(start: int) -> list[jax.Array]:
+        next(ticks, None)
+        return frozen(start)
+
+    return compute
+
+
+def _progress(total: int) -> Callable[[Iterable[int]], Iterable[int]]:
+    if not sys.stderr.isatty():
+        return lambda items: items
+    from rich.console import Console  # only where somebody looks
+    from rich.progress import track
+
+    return lambda items: track(
+        items, "frozen part", total, console=Console(stderr=True), transient=True
+    )
+
+
+def place_for(where: str | os.PathLike[str], need: int, budget: int | None) -> str:
+    """Where so many bytes go: "device", "host" or a folder."""
+    if where not in ("auto", "device", "host"):
+        return os.fspath(where)
+    on_cpu = jax.default_backend() == "cpu"
+    if where == "auto":
+        room = budget if budget is not None else _free(on_cpu) // 2
+        if need <= room:
+            return "device"
+        if not on_cpu and need <= _free(host=True) // 2:
+            return "host"
+    elif budget is None or need <= budget:
+        return str(where)
+    limit = f"the budget is {budget:,}" if budget is not None else "there is no room for that"
+    raise StageError(
+        f"the features take {need:,} bytes and {limit}. Keep them on disk "
+        '(where="path/to/folder"), store them in fewer bits (features_dtype="bfloat16" or '
+        '"int8"), or raise budget_bytes.'
+    )
+
+
+def _free(host: bool) -> int:
+    stats = None if host else jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not a POSIX system: no telling
+        return sys.maxsize

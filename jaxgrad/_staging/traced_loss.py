@@ -1,0 +1,122 @@
+"""A loss as a flat jaxpr whose inputs are sorted: frozen, trainable, batch, varying.
+
+The loss is traced for one batch size at a time, and again for each size it is used with. That
+costs some milliseconds where a symbolic jaxpr would cost none, but any function can be traced so,
+and what is evaluated is exactly what the function does at that size.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core as jex
+
+from jaxgrad._jaxpr.inline import inline
+from jaxgrad._staging.two_traces import Misaligned, align
+from jaxgrad._tree.flat import Flat, PyTree, is_array, is_hole
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The flat jaxpr and which of its inputs are what.
+
+    Attributes:
+        jaxpr: no constants of its own: arrays that the loss closes over are inputs.
+        closed_over: the values of these.
+        frozen: the inputs of `closed_over` and of the frozen parameters.
+        trainable: the inputs of the selected parameters.
+        batch: the inputs of the batch.
+        vary: the inputs that change from step to step.
+    """
+
+    jaxpr: jex.Jaxpr
+    closed_over: Sequence[Any]
+    frozen: Sequence[jex.Var]
+    trainable: Sequence[jex.Var]
+    batch: Sequence[jex.Var]
+    vary: Sequence[jex.Var]
+    out_tree: Any
+
+    def depending(self, inputs: Sequence[jex.Var]) -> set[jex.Var]:
+        """The values that depend on one of these inputs, themselves included."""
+        found = set(inputs)
+        for eqn in self.jaxpr.eqns:
+            if any(v in found for v in eqn.invars if isinstance(v, jex.Var)):
+                found.update(eqn.outvars)
+        return found
+
+
+class Loss:
+    """A loss with the shapes of all it is called with; traces it for any batch size."""
+
+    def __init__(
+        self,
+        fun: Callable[..., Any],
+        params: Flat,
+        chosen: Sequence[bool],
+        batch: PyTree,
+        vary: Sequence[Any],
+    ) -> None:
+        self.fun, self.params = fun, params
+        self.trained = [i for i, c in enumerate(chosen) if c and is_array(params.leaves[i])]
+        self.frozen = [
+            i
+            for i, leaf in enumerate(params.leaves)
+            if is_array(leaf) and not is_hole(leaf) and i not in set(self.trained)
+        ]
+        self.batch, self.batch_tree = jax.tree.flatten(jax.eval_shape(lambda x: x, batch))
+        self.vary, self.vary_tree = jax.tree.flatten(jax.eval_shape(lambda x: x, tuple(vary)))
+        self.shapes = dict(
+            zip(
+                self.trained + self.frozen,
+                jax.eval_shape(lambda x: x, [params.leaves[i] for i in self.trained + self.frozen]),
+                strict=True,
+            )
+        )
+
+    def trace(self, rows: int) -> Program:
+        """The loss of a batch of this many rows."""
+
+        def fun(trainable, frozen, batch, vary):
+            leaves = list(self.params.leaves)
+            for i, leaf in zip(self.trained + self.frozen, [*trainable, *frozen], strict=True):
+                leaves[i] = leaf
+            params = self.params.treedef.unflatten(leaves)
+            return self.fun(params, self.batch_tree.unflatten(batch), *vary)
+
+        batch = [jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in self.batch]
+        trainable = [self.shapes[i] for i in self.trained]
+        frozen = [self.shapes[i] for i in self.frozen]
+        vary = self.vary_tree.unflatten(self.vary)
+        closed, out = jax.make_jaxpr(fun, return_shape=True)(trainable, frozen, batch, vary)
+        counts = [len(trainable), len(frozen), len(batch), len(self.vary)]
+        moves = [True, False, False, True]
+        flat = inline(closed, [m for m, c in zip(moves, counts, strict=True) for _ in range(c)])
+        invars = iter(flat.invars)
+        groups = [[next(invars) for _ in range(c)] for c in counts]
+        return Program(
+            flat.jaxpr,
+            flat.consts,
+            frozen=[*flat.captured, *groups[1]],
+            trainable=groups[0],
+            batch=groups[2],
+            vary=groups[3],
+            out_tree=jax.tree.structure(out),
+        )
+
+
+def pair(first: Program, other: Program) -> dict[jex.Var, jex.Var]:
+    """The values of one trace in another trace of the same loss.
+
+    Raises:
+        Misaligned: it is not the same computation.
+    """
+    pairs = align(first.jaxpr, other.jaxpr)
+    for a, b in zip(first.closed_over, other.closed_over, strict=True):
+        if a is not b and not np.array_equal(np.asarray(a), np.asarray(b)):
+            raise Misaligned("it closes over another array")
+    if first.out_tree != other.out_tree:
+        raise Misaligned("it returns another structure")
+    return pairs

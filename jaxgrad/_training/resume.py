@@ -1,0 +1,90 @@
+"""A saved step put back into a tree of parameters, whatever is trained now.
+
+Everything goes by path. A leaf that was trained and is frozen now keeps the value that it had
+reached; optimizer state that belongs to a leaf still trained survives, with the steps that it has
+counted; what is trained anew starts with fresh state. What was done is said in one line.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxgrad._checkpoint.arrays import CheckpointError, check_fit
+from jaxgrad._checkpoint.run import Saved
+from jaxgrad._text import count, listed, spec
+from jaxgrad._training.streamed import Position
+from jaxgrad._tree.flat import PyTree, flatten, is_array, paths
+
+
+def restore_params(saved: Saved, params: PyTree, where: str) -> PyTree:
+    """The parameters with the values that were saved; all of them, and only where they fit."""
+    flat = flatten(params)
+    wanted = {p: x for p, x in zip(flat.paths, flat.leaves, strict=True) if is_array(x)}
+    check_fit(Path(where), saved.params, wanted)
+    return flat.treedef.unflatten(
+        [saved.params.get(p, x) for p, x in zip(flat.paths, flat.leaves, strict=True)]
+    )
+
+
+def restore_opt_state(saved: Saved, fresh: PyTree, trainable: PyTree) -> tuple[PyTree, str]:
+    """The optimizer state with the arrays that survive, and a line on what was resumed."""
+    flat = flatten(fresh)
+    needed = {p: x for p, x in zip(flat.paths, flat.leaves, strict=True) if is_array(x)}
+    # A leaf may have gone from one group to another; a counter belongs to its group.
+    leaves = tuple("/" + path for path in paths(trainable))
+    by_suffix = {_apart_from_groups(p): p for p in saved.opt_state if p.endswith(leaves)}
+    kept: dict[str, str] = {}
+    for path, leaf in needed.items():
+        source = path if path in saved.opt_state else by_suffix.get(_apart_from_groups(path))
+        if source is not None and spec(saved.opt_state[source]) == spec(leaf):
+            kept[path] = source
+    state = flat.treedef.unflatten(
+        [
+            jnp.asarray(saved.opt_state[kept[p]]) if p in kept else x
+            for p, x in zip(flat.paths, flat.leaves, strict=True)
+        ]
+    )
+    return state, _line(saved, trainable, needed, kept)
+
+
+def refuse_other_settings(saved: Saved, settings: dict[str, Any], where: str) -> None:
+    """Raises where the steps to come would not be those of the run."""
+    for name, now in settings.items():
+        if (then := saved.record["settings"].get(name)) != now:
+            raise CheckpointError(
+                f"the run in '{where}' has {name} {then}, and this call {now}: its next step would "
+                "be of other rows. Call fit as the run was called, or start a new one."
+            )
+
+
+def position_of(saved: Saved, where: str) -> Position:
+    """How far this process had read a stream."""
+    positions = saved.record["positions"]
+    if len(positions) != jax.process_count() and positions[0] != list(Position()):
+        raise CheckpointError(
+            f"the run in '{where}' read a stream in {len(positions)} processes, each its own part, "
+            f"and now there are {jax.process_count()}. Resume with as many."
+        )
+    return Position(*positions[min(jax.process_index(), len(positions) - 1)])
+
+
+def _line(saved: Saved, trainable: PyTree, needed: dict[str, Any], kept: dict[str, str]) -> str:
+    now, then = set(paths(trainable)), set(saved.record["trained"])
+    line = f"resumed at step {saved.record['step']}"
+    for what, leaves in (("newly trained", now - then), ("frozen now", then - now)):
+        if leaves:
+            line += f"; {what}: {listed(map(repr, sorted(leaves)))}"
+    added = len(needed) - len(kept)
+    dropped = len(saved.opt_state.keys() - set(kept.values()))
+    if now != then or added or dropped:
+        arrays = count([*kept], "array", verb=False)
+        line += f"; of the optimizer's state {arrays} kept, {added} added, {dropped} dropped"
+    return line
+
+
+def _apart_from_groups(path: str) -> str:
+    """The path whichever of the `param_groups` the leaf is in."""
+    return re.sub(r"(^|/)groups/\d+(?=/)", r"\1groups", path)

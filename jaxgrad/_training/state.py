@@ -1,0 +1,57 @@
+"""What `fit` returns and hands to callbacks, and the exceptions that end a run early."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from jaxgrad._tree.flat import PyTree
+
+Callback: TypeAlias = Callable[["TrainState"], Mapping[str, float] | None]
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A loss or gradient that is infinite or no number; the message names the step and the rows.
+
+    Attributes:
+        state: the `TrainState` before the step, the last good one.
+        rows: the numbers of the step's rows in the dataset, `int[batch]`; of a stream, in its pass.
+    """
+
+    __module__ = "jaxgrad"
+
+    def __init__(self, message: str, state: "TrainState", rows: np.ndarray) -> None:
+        super().__init__(message)
+        self.state, self.rows = state, rows
+
+
+class StopTraining(Exception):  # noqa: N818 - it reports no error, as StopIteration
+    """Raised by a callback to end `fit`, which then returns what it has."""
+
+    __module__ = "jaxgrad"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Where a training run stands.
+
+    Attributes:
+        params: all parameters, those frozen as they were given.
+        opt_state: the state of the optimizer, for the trained leaves only.
+        step: the number of steps taken.
+        losses: the loss of each step, `float[step]`.
+        history: a record for each chunk: `step`, `epoch`, the mean `loss`, `rows_per_s`, `skipped`
+            where steps were not finite, and what the callbacks returned.
+        staging: one line: what of the loss runs once and what it gains, or why nothing does.
+        resumed: one line: which step the run went on from, and what of the optimizer's state was
+            kept, added and dropped. Empty for a new run.
+    """
+
+    params: PyTree
+    opt_state: Any
+    step: int
+    losses: np.ndarray
+    history: tuple[dict[str, float], ...]
+    staging: str
+    resumed: str = ""

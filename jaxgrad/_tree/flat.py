@@ -1,0 +1,130 @@
+"""A tree taken apart: its leaves by position, their paths, and the holes in it.
+
+A tree is taken apart by the *position* of its leaves and named by their paths; neither the tree nor
+its leaves change. The hole that a leaf leaves in the other half is `None`, which JAX reads as an
+empty subtree: `jax.grad`, `jax.jit` and Optax then do no work for it at all.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+
+from jaxgrad._text import count, listed
+from jaxgrad._tree.nnx import nnx_types
+
+PyTree: TypeAlias = Any
+
+
+@jax.tree_util.register_static
+class Absent:
+    """Stands in the second half for a `None` of the original tree.
+
+    Without it a `None` that the tree always had (an unused bias, say) and the hole of a leaf
+    that went missing look the same, and `merge` could not tell a whole tree from a torn one.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Absent)
+
+    def __hash__(self) -> int:
+        return hash(Absent)
+
+    def __repr__(self) -> str:
+        return "<None in the original>"
+
+
+class Flat(NamedTuple):
+    """A tree's leaves and holes in order: `treedef.unflatten(leaves)` is the tree."""
+
+    paths: list[str]
+    leaves: list[Any]
+    treedef: Any
+
+
+def is_hole(x: Any) -> bool:
+    """Whether `x` marks the place of a leaf that is in the other half."""
+    return x is None or isinstance(x, Absent)
+
+
+def is_array(x: Any) -> bool:
+    """Whether `x` can be selected: an Equinox module also holds functions and names as leaves."""
+    return hasattr(x, "dtype") or isinstance(x, bool | int | float | complex)
+
+
+def is_key(x: Any) -> bool:
+    """Whether `x` is a typed PRNG key, or an array of them."""
+    return hasattr(x, "dtype") and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def flatten(tree: PyTree) -> Flat:
+    """Flattens a tree with holes as leaves; an NNX Variable's value goes by the Variable's path."""
+    variable = nnx_types("Variable")
+    nodes, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: is_hole(x) or isinstance(x, variable)
+    )
+    paths, leaves = [], []
+    for path, node in nodes:
+        if isinstance(node, variable):
+            inner, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_hole)
+            paths += [leaf_name((*path, *rest)) for (_, *rest), _ in inner]
+            leaves += [leaf for _, leaf in inner]
+        else:
+            paths.append(leaf_name(path))
+            leaves.append(node)
+    return Flat(paths, leaves, jax.tree.structure(tree, is_leaf=is_hole))
+
+
+def paths(tree: PyTree) -> list[str]:
+    """Returns the path of every array in the tree, in the order of `jax.tree.leaves`.
+
+    Args:
+        tree: any pytree.
+
+    Returns:
+        Paths as `wrt` patterns match them: keys, attribute names and indices joined by `/`.
+        The value of an NNX Variable goes by the Variable's path (`head/kernel`). Holes
+        (`None`) have none, nor has a leaf that is no array (a function in an Equinox module).
+
+    Example:
+        >>> import jax.numpy as jnp, jaxgrad as jg
+        >>> jg.paths({"head": {"bias": jnp.zeros(2)}, "layers": [jnp.ones(3), None]})
+        ['head/bias', 'layers/0']
+
+    Source: the names of `torch.nn.Module.named_parameters`, with `/` for `.`.
+    """
+    flat = flatten(tree)
+    return [path for path, leaf in zip(flat.paths, flat.leaves, strict=True) if is_array(leaf)]
+
+
+def halves(flat: Flat, chosen: Sequence[bool]) -> tuple[PyTree, PyTree]:
+    """The tree of the chosen leaves and the tree of the others."""
+    selected = [leaf if c else None for leaf, c in zip(flat.leaves, chosen, strict=True)]
+    selected = [None if is_hole(leaf) else leaf for leaf in selected]
+    rest = [
+        Absent() if is_hole(leaf) else None if c else leaf
+        for leaf, c in zip(flat.leaves, chosen, strict=True)
+    ]
+    return flat.treedef.unflatten(selected), flat.treedef.unflatten(rest)
+
+
+def check_same_structure(
+    a: Flat, b: Flat, a_name: str, b_name: str, error: type[ValueError]
+) -> None:
+    """Raises, naming the paths, where two flattened trees differ in more than their leaves."""
+    if a.treedef == b.treedef:
+        return
+    for here, there, have, lack in ((a, b, a_name, b_name), (b, a, b_name, a_name)):
+        if extra := [f"'{path}'" for path in sorted({*here.paths} - {*there.paths})]:
+            raise error(
+                f"{have} has {count(extra, 'leaf', verb=False)} that {lack} has not: "
+                f"{listed(extra)}. Both must have one structure, with None for a hole."
+            )
+    raise error(
+        f"{a_name} and {b_name} have the same paths but other containers: "
+        f"{a.treedef} against {b.treedef}. Build both from one tree."
+    )
+
+
+def leaf_name(path: Sequence[Any]) -> str:
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")

@@ -1,0 +1,14 @@
+"""The types of Flax NNX that a tree may hold, without importing Flax where nobody uses it."""
+
+import sys
+
+
+def nnx_types(*names: str) -> tuple[type, ...]:
+    """Classes of `flax.nnx`, or none of them where nobody has loaded Flax.
+
+    An NNX object can't exist before Flax is loaded, so asking for its class never has to pay
+    for the import.
+    """
+    nnx = sys.modules.get("flax.nnx")
+    # Half-way through its own import, the module lacks some of its names.
+    return tuple(getattr(nnx, name) for name in names if hasattr(nnx, name))

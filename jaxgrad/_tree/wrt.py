@@ -1,0 +1,145 @@
+"""Which leaves a `wrt` means: globs, lists, predicates, boolean trees, against a tree."""
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+from jaxgrad._text import listed, nearest
+from jaxgrad._tree.flat import Flat, PyTree, flatten, is_array, is_hole
+
+Wrt: TypeAlias = str | Sequence[str] | Callable[[str, Any], bool] | PyTree
+"""What to differentiate or train: a glob, a list of globs, a predicate, or a boolean tree."""
+
+
+class SelectionError(ValueError):
+    """A `wrt` that does not fit the tree: the message names the pattern or path, and the fix."""
+
+    __module__ = "jaxgrad"
+
+
+# What the rest of the package builds on.
+
+
+def match(flat: Flat, wrt: Wrt) -> list[bool]:
+    """Which positions of a flattened tree `wrt` takes; holes count, as they once were leaves."""
+    if isinstance(wrt, str):
+        chosen = _match_globs(flat, [wrt])
+    elif isinstance(wrt, list | tuple) and wrt and all(isinstance(w, str) for w in wrt):
+        chosen = _match_globs(flat, wrt)
+    elif callable(wrt) and jax.tree_util.all_leaves([wrt]):  # not a module that is callable
+        chosen = [
+            is_array(leaf) and _decision(wrt(path, leaf), path)
+            for path, leaf in zip(flat.paths, flat.leaves, strict=True)
+        ]
+    else:
+        chosen = _match_prefix(flat, flatten(wrt))
+    return [
+        c and (is_hole(leaf) or is_array(leaf)) for c, leaf in zip(chosen, flat.leaves, strict=True)
+    ]
+
+
+def _match_globs(flat: Flat, patterns: Sequence[str]) -> list[bool]:
+    hits = {}
+    for pattern in patterns:
+        try:
+            regex = _regex(pattern.removeprefix("!"))
+        except re.error as e:
+            raise SelectionError(f"wrt pattern {pattern!r} is no glob: {e}.") from e
+        hits[pattern] = [regex.fullmatch(path) is not None for path in flat.paths]
+        if not any(hits[pattern]):
+            raise SelectionError(_no_match(pattern, flat))
+    wanted = [hits[p] for p in patterns if not p.startswith("!")] or [[True] * len(flat.paths)]
+    unwanted = [hits[p] for p in patterns if p.startswith("!")]
+    return [
+        any(w[i] for w in wanted) and not any(u[i] for u in unwanted)
+        for i in range(len(flat.paths))
+    ]
+
+
+def _no_match(pattern: str, flat: Flat) -> str:
+    bang, glob = ("!", pattern[1:]) if pattern.startswith("!") else ("", pattern)
+    parts = (path.split("/") for path in flat.paths)
+    inner = ["/".join(p[:depth]) for p in parts for depth in range(1, len(p))]
+    close = [f"{glob}/**"] if glob in inner else []
+    close += nearest(glob, [*flat.paths, *(f"{node}/**" for node in inner)])
+    close = [repr(bang + c) for c in dict.fromkeys(close)]
+    did_you_mean = f" Did you mean {' or '.join(close)}?" if close else ""
+    return (
+        f"wrt pattern {pattern!r} matches no leaf.{did_you_mean} "
+        f"The tree's paths: {listed_paths(flat)}."
+    )
+
+
+def listed_paths(flat: Flat) -> str:
+    return listed([repr(path) for path in flat.paths]) if flat.paths else "none, it has no leaf"
+
+
+def _match_prefix(flat: Flat, mask: Flat) -> list[bool]:
+    """Decides each leaf by the mask's entry at its path or at a node above it.
+
+    By path and not by container: a mask of plain dicts then serves a module too.
+    """
+    answers = {p: m for p, m in zip(mask.paths, mask.leaves, strict=True) if not is_hole(m)}
+    used, silent, chosen = set(), [], []
+    for path, leaf in zip(flat.paths, flat.leaves, strict=True):
+        parts = path.split("/")
+        above = ["/".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
+        found = next((node for node in above if node in answers), None)
+        if found is None and is_array(leaf):
+            silent.append(f"'{path}'")
+        used.add(found)
+        chosen.append(found is not None and _decision(answers[found], found))
+    if unknown := [path for path in answers if path not in used]:
+        close = nearest(unknown[0], flat.paths)
+        raise SelectionError(
+            f"wrt, a tree of booleans, decides {listed(map(repr, unknown))}, which the tree "
+            f"has not.{f' Nearest: {listed(map(repr, close))}.' if close else ''}"
+        )
+    if silent:
+        raise SelectionError(
+            f"wrt is no glob, list of globs or predicate, and as a tree of booleans it says "
+            f"nothing about {listed(silent)}. Give each leaf, or a node above it, True or False."
+        )
+    return chosen
+
+
+def _decision(answer: Any, path: str) -> bool:
+    if isinstance(answer, bool | np.bool_):
+        return bool(answer)
+    raise SelectionError(
+        f"wrt answers {answer!r} for '{path}', and only True or False will do. Decide by path, "
+        "shape and dtype, which are known under jit; the values of a leaf are not."
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _regex(glob: str) -> re.Pattern[str]:
+    """A glob as a regular expression; `a/**` takes `a` itself too, `**/a` takes a top-level `a`."""
+    *parents, last = glob.split("/")
+    head = "".join("(?:.*/)?" if part == "**" else _segment(part) + "/" for part in parents)
+    if last != "**":
+        return re.compile(head + _segment(last))
+    if not head:
+        return re.compile(".*")
+    return re.compile(f"{head[:-1]}(?:/.*)?" if head.endswith("/") else f"{head}.*")
+
+
+def _segment(part: str) -> str:
+    tokens = re.findall(r"\*+|\?|\[!?\]?[^\]]*\]|.", part)
+    return "".join(_token(token) for token in tokens)
+
+
+def _token(token: str) -> str:
+    if token.startswith("*"):
+        return "[^/]*"
+    if token == "?":
+        return "[^/]"
+    if len(token) > 2 and token[0] == "[":
+        negated = token[1] == "!"
+        members = re.sub(r"([\\\[\]^&~|])", r"\\\1", token[1 + negated : -1])
+        return f"(?!/)[{'^' * negated}{members}]"
+    return re.escape(token)

@@ -1,0 +1,126 @@
+"""From PyTorch names to Flax leaves.
+
+Three things must agree before a value is moved: which module fills which layer (`pairing`), how the
+layer's type lays out its tensors (`_layouts`, `_decide`), and shapes and dtypes (`_ledger`).
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from jaxgrad._tree import wrt as _wrt
+from jaxgrad.torch._mapping import pairing
+from jaxgrad.torch._mapping import rules as _rules
+from jaxgrad.torch._mapping.flax_layers import Layer, Tree, bare, read_tree
+from jaxgrad.torch._mapping.plan import Ledger
+from jaxgrad.torch._mapping.report import Report
+from jaxgrad.torch._mapping.rules import Rules
+from jaxgrad.torch._mapping.source import File, Source
+
+T = TypeVar("T")
+
+
+def load_into(
+    params: T, source: Source, *, rules: Rules = (), partial: _wrt.Wrt | None = None
+) -> T:
+    """Returns a Flax tree filled with the values of a PyTorch file.
+
+    Layouts go by layer type: the classes of an NNX module, else the names of Flax's leaves
+    (`kernel`, `scale`, `embedding`, ...), the structure in a whole-module file, and rules.
+
+    Args:
+        params: an NNX module or State, Linen variables or their params, or any pytree whose
+            leaves have a shape and a dtype (so an abstract tree of `jax.eval_shape` serves). It
+            is not changed.
+        source: the file's path, a `Checkpoint`, or a mapping from PyTorch names to arrays.
+        rules: ordered (pattern, replacement) pairs from PyTorch names to Flax paths, where the
+            structure doesn't decide, and `Rule`s for what else must be declared.
+        partial: the Flax leaves that may stay at their initial value, as a `wrt`:
+            `"head/**"`. They are filled where the file has them under their name.
+
+    Returns:
+        A new tree of the same kind.
+
+    Raises:
+        MappingError: a name is missing, left over, or differs in shape or dtype; a layout or a
+            flatten must be declared. The message lists all of them, with the nearest candidates.
+        TorchFileError: the file can't be read.
+
+    Example:
+        >>> import numpy as np, jaxgrad as jg
+        >>> params = {"fc": {"kernel": np.zeros((3, 2), np.float32)}}
+        >>> jg.torch.load_into(params, {"fc.weight": np.ones((2, 3), np.float32)})
+        {'fc': {'kernel': array([[1., 1.], [1., 1.], [1., 1.]], dtype=float32)}}
+
+    Source: `model.load_state_dict(torch.load(path))`.
+    """
+    return match(params, source, rules=rules, partial=partial).apply()
+
+
+def match(
+    params: Any, source: Source, *, rules: Rules = (), partial: _wrt.Wrt | None = None
+) -> Report:
+    """Returns the report of what `load_into` would do, which carries it out with `apply()`.
+
+    Args:
+        params: as in `load_into`.
+        source: as in `load_into`.
+        rules: as in `load_into`.
+        partial: as in `load_into`.
+
+    Returns:
+        A `Report`: every leaf, what fills it, by which layout and why, and what is not used.
+
+    Raises:
+        MappingError: as `load_into`.
+        TorchFileError: as `load_into`.
+
+    Example:
+        >>> import numpy as np, jaxgrad as jg
+        >>> params = {"fc": {"kernel": np.zeros((3, 2), np.float32)}}
+        >>> jg.torch.match(params, {"fc.weight": np.ones((2, 3), np.float32)})
+        1 of 1 leaves filled
+          fc/kernel <- fc.weight  float32[3,2]  (out, in) -> (in, out)  same name
+
+    Source: the key lists that `load_state_dict` returns, with the layouts.
+    """
+    file = File.open(source)
+    tree = read_tree(params)
+    made = _rules.as_rules(rules)
+    packed = any(name.rpartition(".")[2] in _rules.PACKED for name in file.tensors)
+    layers = tree.layers(packed_attention=packed)
+    names = _rules.group(
+        file.tensors,
+        made,
+        own=_own_names(layers),
+        bare=[layer.path for layer in layers if layer.kind == "?"],
+    )
+    optional = _optional(tree, partial)
+    matches = pairing.pair(
+        layers,
+        names.groups,
+        file.tensors,
+        lambda layer: all(leaf.path in optional for leaf in layer.leaves.values()),
+    )
+    ledger = Ledger(file, tree, optional, dropped=dict(names.dropped))
+    ledger.settle(matches)
+    ledger.account(layers, names.groups, matches)
+    return ledger.report()
+
+
+def _own_names(layers: Sequence[Layer]) -> dict[str, str]:
+    """Leaf paths, with and without their collection, to the path of the tensor behind them."""
+    own = {}
+    for layer in layers:
+        for part in layer.parts():
+            leaf = layer.leaves[part.leaf]
+            if len(part.sources) == 1 and part.block == (0, 1):
+                path = "/".join(name for name in (layer.path, part.sources[0]) if name)
+                own |= {leaf.path: path, bare(leaf.path): path}
+    return own
+
+
+def _optional(tree: Tree, partial: _wrt.Wrt | None) -> set[str]:
+    if partial is None:
+        return set()
+    chosen = _wrt.match(tree.flat, partial)
+    return {leaf.path for leaf in tree.leaves if chosen[leaf.index]}

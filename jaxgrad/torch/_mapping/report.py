@@ -1,0 +1,184 @@
+"""What went where: the plan of a mapping as something to read, to apply, and to go back by."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxgrad._text import count
+from jaxgrad.torch._mapping.flax_layers import Layer, Tree
+from jaxgrad.torch._mapping.layouts import Part
+
+
+class MappingError(ValueError):
+    """PyTorch tensors and Flax parameters do not fit: the message lists the names at fault.
+
+    Example:
+        >>> import numpy as np, jaxgrad as jg
+        >>> jg.torch.load_into({"scale": np.zeros(2)}, {})
+        Traceback (most recent call last):
+            ...
+        jaxgrad.torch.MappingError: the mapping does not fit the parameters: 1 problem
+        ...
+
+    Source: the "Missing key(s) in state_dict" of `torch.nn.Module.load_state_dict`.
+    """
+
+    __module__ = "jaxgrad.torch"
+
+
+_MOST_SHOWN = 40  # of one kind; the first tell what is wrong, and a thousand say no more
+
+
+class Problem(NamedTuple):
+    """One thing that stands against a mapping: a key of `_ADVICE`, and what is wrong."""
+
+    kind: str
+    text: str
+
+
+def fault(what: str, problems: Sequence[Problem]) -> MappingError:
+    """The error that lists the problems, each kind with what to do."""
+    lines = [f"{what}: {count(problems, 'problem', verb=False)}"]
+    for kind, advice in _ADVICE.items():
+        texts = list(dict.fromkeys(problem.text for problem in problems if problem.kind == kind))
+        shown = [f"  {text}" for text in texts[:_MOST_SHOWN]]
+        if len(texts) > _MOST_SHOWN:
+            shown.append(f"  and {len(texts) - _MOST_SHOWN} more")
+        if texts:
+            lines += [f"{kind}:", *shown, f"  -> {advice}"]
+    return MappingError("\n".join(lines))
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One Flax leaf and what fills it.
+
+    Attributes:
+        path: of the leaf.
+        sources: names in the file; several where a sum of them fills the leaf.
+        shape: of the leaf.
+        dtype: of the leaf.
+        layout: what is done to the tensor, in words: `(out, in) -> (in, out)`.
+        matched: why these names: `same name`, `only one that fits`, the rule in words, ...
+
+    Example:
+        >>> import numpy as np, jaxgrad as jg
+        >>> params = {"fc": {"kernel": np.zeros((3, 2))}}
+        >>> entry = jg.torch.match(params, {"fc.weight": np.zeros((2, 3))}).entries[0]
+        >>> entry.path, entry.sources, entry.layout
+        ('fc/kernel', ('fc.weight',), '(out, in) -> (in, out)')
+    """
+
+    path: str
+    sources: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    layout: str
+    matched: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A layer and what fills it: `parts` name tensors below the module, `names` in the file."""
+
+    layer: Layer
+    parts: Sequence[Part]
+    names: Mapping[str, str]
+    matched: str
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Report:
+    """A complete mapping from PyTorch names to Flax leaves; `apply()` carries it out.
+
+    Attributes:
+        entries: every leaf that is filled.
+        kept: paths that stay at their initial value, to the reason.
+        dropped: names in the file that fill nothing, to the reason.
+
+    Example:
+        >>> import jax.numpy as jnp, numpy as np, jaxgrad as jg
+        >>> params = {"fc": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}}
+        >>> tensors = {"fc.weight": np.ones((2, 3), np.float32), "fc.bias": np.ones(2, np.float32)}
+        >>> report = jg.torch.match(params, tensors)
+        >>> report
+        2 of 2 leaves filled
+          fc/bias   <- fc.bias    float32[2]    as it is              same name
+          fc/kernel <- fc.weight  float32[3,2]  (out, in) -> (in, out)  same name
+        >>> report.apply()["fc"]["kernel"].shape
+        (3, 2)
+    """
+
+    entries: tuple[Entry, ...]
+    kept: Mapping[str, str]
+    dropped: Mapping[str, str]
+    _pairs: Sequence[Pair] = dataclasses.field(repr=False)
+    _tree: Tree = dataclasses.field(repr=False)
+    _tensors: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
+
+    def apply(self) -> Any:
+        """Returns the tree, of the kind that was given to `match`, with the file's values.
+
+        Returns:
+            A new tree; leaves that the report lists as kept are those of the old one.
+
+        Example:
+            >>> import numpy as np, jaxgrad as jg
+            >>> params = {"scale": np.zeros(2, np.float32)}
+            >>> jg.torch.match(params, {"scale": np.ones(2, np.float32)}).apply()
+            {'scale': array([1., 1.], dtype=float32)}
+        """
+        values = {}
+        filled = {entry.path for entry in self.entries}
+        for pair in self._pairs:
+            tensors = {short: self._tensors[name] for short, name in pair.names.items()}
+            for part in pair.parts:
+                leaf = pair.layer.leaves[part.leaf]
+                if leaf.path in filled:
+                    values[leaf.path] = part.to_flax(tensors, leaf.shape)
+        return self._tree.filled(values)
+
+    def __repr__(self) -> str:
+        total = len(self.entries) + len(self.kept)
+        rows = [
+            (
+                f"{entry.path} <- {' + '.join(entry.sources)}",
+                f"{entry.dtype}[{','.join(map(str, entry.shape))}]",
+                entry.layout,
+                entry.matched,
+            )
+            for entry in self.entries
+        ]
+        lines = [f"{len(self.entries)} of {total} leaves filled", *_columns(rows)]
+        if self.kept:
+            lines += ["kept at their initial value", *_columns(list(self.kept.items()))]
+        if self.dropped:
+            lines += ["not used", *_columns(list(self.dropped.items()))]
+        return "\n".join(lines)
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+_ADVICE = {
+    "missing": 'rename with rules=[("<PyTorch name>", "<Flax path>")], or let leaves stay as they '
+    'are with partial="<Flax path>/**"',
+    "left over": 'give it a place with rules=[("<PyTorch name>", "<Flax path>")], leave it out '
+    'with Rule("<PyTorch name>", drop=True), or read one part of a training checkpoint with '
+    'read(path).sub("<prefix>")',
+    "shape": "build the Flax model with the sizes of the file, or pair other names by rules",
+    "dtype": "build the Flax model with that param_dtype, or convert on the way: "
+    "{name: x.astype(dtype) for name, x in read(path).tensors.items()}",
+    "layout": "layouts are never guessed from shapes: a square matrix looks the same transposed",
+    "layer type": "pair other names by rules, or use the same layer in the Flax model",
+    "setting": "no tensor shows it: build the Flax layer with the setting of the file",
+    "flatten": "PyTorch flattens channels first, Flax channels last, and no file says which "
+    "features a layer takes",
+}

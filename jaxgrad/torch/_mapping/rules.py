@@ -1,0 +1,267 @@
+"""PyTorch's names: renamed by rules, and grouped into modules.
+
+Rules speak the library's pattern language, with `.` between levels as PyTorch writes it: `*` is
+one level or a part of it, `**` any number of levels. The stars of the replacement stand for
+what the stars of the pattern matched, in order, so a rule reads as the two names side by side.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from jaxgrad._text import listed, nearest
+from jaxgrad.torch._mapping.flax_layers import KINDS
+from jaxgrad.torch._mapping.report import MappingError
+
+# Buffers that hold no learned value: counters, and tables that a constructor computes.
+BOOKKEEPING = frozenset(
+    {"num_batches_tracked", "position_ids", "relative_position_index", "inv_freq"}
+)
+_OWN = {"weight", "bias", "running_mean", "running_var"}
+PACKED = {"in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
+_CELL = re.compile(r"(weight_ih|weight_hh|bias_ih|bias_hh)(?:_l(\d+)(_reverse)?)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What to do with the PyTorch names that match a pattern.
+
+    The rules are ordered: a name is renamed (or dropped) by the first rule that does so and
+    matches, and its layer is declared by the first rule that does so and matches.
+
+    Attributes:
+        pattern: a PyTorch name, `features.0.weight`, or the name of a module, `features.0`, which
+            takes all in it along. `*` matches within a level, `**` across levels.
+        path: the Flax path that takes its place; its stars are filled, in order, with what those
+            of the pattern matched. None keeps the name.
+        drop: the tensors are left out on purpose.
+        layer: the layer type, where it can't be told: "linear", "conv", "conv_transpose", "norm",
+            "embedding"; or "same", for a parameter of your own and for a layer that PyTorch holds
+            as Flax does (GPT-2's `Conv1D` is a linear layer with an (in, out) weight).
+        flatten: for the layer behind a flatten of convolutional features: how many channels the
+            features have, since PyTorch flattens (channels, height, width) and Flax (height, width,
+            channels); or False, where the Flax model itself flattens channels first.
+
+    Raises:
+        MappingError: a rule that says nothing or contradicts itself.
+
+    Example:
+        >>> import jaxgrad as jg
+        >>> rename = jg.torch.Rule("encoder.layer.*.output", "blocks/*/out")
+        >>> declare = jg.torch.Rule("fc1", flatten=16)
+        >>> jg.torch.Rule("fc1")
+        Traceback (most recent call last):
+            ...
+        jaxgrad.torch.MappingError: Rule('fc1') says nothing: give it a path, drop, layer or flatten
+
+    Source: the `key_mapping` of Transformers' `from_pretrained`, as globs.
+    """
+
+    pattern: str
+    path: str | None = None
+    _: dataclasses.KW_ONLY
+    drop: bool = False
+    layer: str | None = None
+    flatten: int | Literal[False] | None = None
+
+    def __post_init__(self) -> None:
+        what = f"Rule({self.pattern!r})"
+        if self.path is None and not self.drop and self.layer is None and self.flatten is None:
+            raise MappingError(f"{what} says nothing: give it a path, drop, layer or flatten")
+        if self.drop and self.path is not None:
+            raise MappingError(f"{what} drops and renames to {self.path!r}: do one of them")
+        if self.layer is not None and self.layer not in KINDS:
+            raise MappingError(f"{what}: layer={self.layer!r} is none of {', '.join(KINDS)}")
+        if self.flatten is True or (self.flatten is not None and self.flatten < 0):
+            raise MappingError(
+                f"{what}: flatten={self.flatten!r} should be the number of channels before the "
+                "flatten, or False"
+            )
+        if self.path is not None and self.path.count("*") > self.pattern.count("*"):
+            raise MappingError(
+                f"{what}: the replacement {self.path!r} has more stars than the pattern"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.pattern} -> {self.path}" if self.path is not None else self.pattern
+
+    def renamed(self, name: str) -> str | None:
+        """The Flax path of a PyTorch name; None where the pattern does not match."""
+        found = _regex(self.pattern).fullmatch(name.replace(".", "/"))
+        if found is None:
+            return None
+        if self.path is None:
+            return name.replace(".", "/")
+        *stars, rest = found.groups(default="")
+        filled = iter(stars)
+        path = re.sub(_STARS, lambda _: next(filled), self.path.replace(".", "/")) + rest
+        return path.strip("/")
+
+
+Rules: TypeAlias = Iterable[Rule | tuple[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The tensors of one PyTorch module.
+
+    Attributes:
+        path: the module's name with `/` between the levels, after the rules. A layer of a
+            many-layered LSTM counts as a module: `lstm/l0`.
+        tensors: names below the module (`weight`; `bias_ih` without its `_l0`) to names in the
+            file. A parameter on its own has the name "".
+        renamed: the rule that renamed it, in words.
+        layer: the layer type that a rule declared.
+        flatten: what a rule declared about a flatten.
+    """
+
+    path: str
+    tensors: Mapping[str, str]
+    renamed: str | None = None
+    layer: str | None = None
+    flatten: int | Literal[False] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """All names of a file: grouped, dropped by a rule, and known as bookkeeping."""
+
+    groups: Sequence[Group]
+    dropped: Mapping[str, str]
+
+
+def as_rules(rules: Rules) -> list[Rule]:
+    """Rules from rules and (pattern, replacement) pairs."""
+    made = []
+    for rule in rules:
+        if isinstance(rule, Rule):
+            made.append(rule)
+        elif isinstance(rule, tuple) and len(rule) == 2 and all(isinstance(r, str) for r in rule):
+            made.append(Rule(*rule))
+        else:
+            raise MappingError(
+                f"a rule is a (pattern, replacement) pair of strings or a jaxgrad.torch.Rule, "
+                f"not {rule!r}"
+            )
+    return made
+
+
+def group(
+    names: Iterable[str], rules: Sequence[Rule], own: Mapping[str, str], bare: Iterable[str]
+) -> Names:
+    """Renames and groups the names of a file.
+
+    Args:
+        names: PyTorch names, in file order.
+        rules: ordered.
+        own: Flax leaf paths that stand for one tensor of their module, to this tensor's path
+            (`head/kernel` -> `head/weight`), so that a rule may name the leaf itself.
+        bare: paths of Flax leaves that belong to no layer.
+    """
+    names, bare = list(names), set(bare)
+    check_used(rules, names)
+    dropped: dict[str, str] = {}
+    found: dict[str, dict[str, str]] = {}
+    rule_of: dict[str, Rule | None] = {}
+    packed = {n.rpartition(".")[0] for n in names if n.rpartition(".")[2] in PACKED}
+    for name in names:
+        path, rule = rename(name, rules)
+        if path is None:
+            dropped[name] = f"dropped by the rule {rule}"
+            continue
+        path = own.get(path, path)
+        if path not in bare and path.rpartition("/")[2] in BOOKKEEPING:
+            dropped[name] = "bookkeeping, holds no parameter"
+            continue
+        module, tensor = _split(path, bare, name, packed)
+        tensors = found.setdefault(module, {})
+        if tensor in tensors:
+            raise MappingError(
+                f"the tensors {tensors[tensor]!r} and {name!r} both go by the name {path!r}: "
+                "change the rules so that each has its own, or drop one with Rule(..., drop=True)"
+            )
+        tensors[tensor] = name
+        rule_of.setdefault(module, rule)
+    groups = []
+    for module, tensors in found.items():
+        layer, flatten = declared(tensors.values(), rules)
+        rule = rule_of[module]
+        groups.append(Group(module, tensors, str(rule) if rule else None, layer, flatten))
+    return Names(_only_layer_zero(groups), dropped)
+
+
+_STARS = r"\*\*/|/\*\*|\*+"
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    """Captures each star; a last group takes what is below a matched module."""
+    regex, end = "", 0
+    pattern = pattern.replace(".", "/")
+    for star in re.finditer(_STARS, pattern):
+        regex += re.escape(pattern[end : star.start()])
+        regex += {"**/": "((?:.*/)?)", "/**": "((?:/.*)?)", "**": "(.*)"}.get(star[0], "([^/]*)")
+        end = star.end()
+    return re.compile(f"{regex}{re.escape(pattern[end:])}(/.*)?")
+
+
+def rename(name: str, rules: Sequence[Rule]) -> tuple[str | None, Rule | None]:
+    for rule in rules:
+        if (rule.drop or rule.path is not None) and (path := rule.renamed(name)) is not None:
+            return (None if rule.drop else path), rule
+    return name.replace(".", "/"), None
+
+
+def declared(names: Iterable[str], rules: Sequence[Rule]) -> tuple[str | None, Any]:
+    names = list(names)
+    matching = [rule for rule in rules if any(rule.renamed(name) is not None for name in names)]
+    layer = next((rule.layer for rule in matching if rule.layer is not None), None)
+    flatten = next((rule.flatten for rule in matching if rule.flatten is not None), None)
+    return layer, flatten
+
+
+def _split(path: str, bare: set[str], name: str, packed: set[str]) -> tuple[str, str]:
+    """A path as module and tensor, where some modules of PyTorch's reach over two levels."""
+    if path in bare:
+        return path, ""
+    module, _, tensor = path.rpartition("/")
+    owner = name.rpartition(".")[0]
+    if owner.endswith("out_proj") and owner.rpartition(".")[0] in packed:
+        return module.rpartition("/")[0], f"out_proj.{tensor}"
+    if cell := _CELL.fullmatch(tensor):
+        parts = [module, *([f"l{cell[2]}"] if cell[2] else []), *(["reverse"] if cell[3] else [])]
+        return "/".join(part for part in parts if part), cell[1]
+    if tensor in _OWN or tensor in PACKED or owner in packed:
+        return module, tensor
+    return path, ""
+
+
+def _only_layer_zero(groups: Sequence[Group]) -> list[Group]:
+    """`lstm/l0` goes by `lstm` where the LSTM has no further layer."""
+    paths = [group.path for group in groups if "weight_ih" in group.tensors]
+
+    def shorter(path: str) -> str:
+        found = re.fullmatch(r"((?:.*/)?)l0(/reverse)?", path)
+        if found is None or path not in paths:
+            return path
+        if any(re.fullmatch(rf"{re.escape(found[1])}l[1-9]\d*(/reverse)?", p) for p in paths):
+            return path
+        return (found[1].removesuffix("/") + (found[2] or "")).removeprefix("/")
+
+    return [dataclasses.replace(group, path=shorter(group.path)) for group in groups]
+
+
+def check_used(rules: Sequence[Rule], names: Sequence[str]) -> None:
+    modules = [name.rpartition(".")[0] for name in names]
+    for rule in rules:
+        if not any(rule.renamed(name) is not None for name in names):
+            close = nearest(rule.pattern, [*names, *modules])
+            hint = f"; nearest: {listed(map(repr, close))}" if close else ""
+            raise MappingError(f"the rule {str(rule)!r} matches no name in the file{hint}")
+
+
+def describe(name: str, array: np.ndarray) -> str:
+    """`'fc1.weight' float32[512,784]`."""
+    return f"{name!r} {array.dtype}[{','.join(map(str, array.shape))}]"

@@ -1,0 +1,64 @@
+"""What is said when a file cannot be read.
+
+A checkpoint is data from elsewhere: whatever is wrong with it, the caller meets exactly one
+exception type. The layers below know the reason but not where they are, so they raise
+`MalformedError`; whoever opened the file or entry adds its name with `naming`.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+
+class TorchFileError(ValueError):
+    """A file that is not a readable PyTorch checkpoint, with the entry at fault and the reason.
+
+    Args:
+        path: the file.
+        entry: the part of it at fault: a zip entry, a tensor's name, or "" for the whole file.
+        reason: what is wrong and, where something can be done, what to do.
+
+    Attributes:
+        path: as passed.
+        entry: as passed.
+        reason: as passed.
+
+    Example:
+        >>> raise TorchFileError("net.pt", "archive/data.pkl", "the pickle ends early")
+        Traceback (most recent call last):
+            ...
+        jaxgrad.torch._reading.errors.TorchFileError: net.pt: archive/data.pkl: the pickle ends early
+    """
+
+    def __init__(self, path: str | os.PathLike[str], entry: str, reason: str):
+        self.path = os.fspath(path)
+        self.entry = entry
+        self.reason = reason
+        super().__init__(self.path, entry, reason)
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.path, self.entry, self.reason) if part)
+
+
+class MalformedError(Exception):
+    """A reason, raised where neither the file's nor (mostly) the entry's name is known."""
+
+    def __init__(self, reason: str, entry: str = ""):
+        self.reason = reason
+        self.entry = entry
+        super().__init__(reason)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str], entry: str = "") -> Iterator[None]:
+    """Turns a `MalformedError` inside into a `TorchFileError` about `entry` of `path`."""
+    try:
+        yield
+    except MalformedError as error:
+        raise TorchFileError(path, error.entry or entry, error.reason) from None
+
+
+def shorten(text: str, limit: int = 80) -> str:
+    """`text` as it may be shown in a message: printable, and never longer than `limit`."""
+    shown = text if len(text) <= limit else f"{text[: limit - 3]}..."
+    return ascii(shown)[1:-1]
