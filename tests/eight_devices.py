@@ -1,4 +1,4 @@
-"""Tests that need eight devices: `devices/test_placement.py` runs them in a process that has them."""
+"""Tests that need eight devices: `test_placement.py` runs them in a process that has them."""
 
 import functools
 import logging

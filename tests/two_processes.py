@@ -1,4 +1,4 @@
-"""One of the processes of `devices/test_processes.py`: trains, is interrupted, resumes, saves and loads.
+"""One of the processes of `test_processes.py`: trains, is interrupted, resumes, saves and loads.
 
     python -m tests.two_processes --processes 2 --process 0 --port 12345 --directory PATH
 

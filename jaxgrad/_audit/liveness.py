@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
 
 from jaxgrad._audit.train_step import Recipe
+from jaxgrad._jaxpr.dataflow import depending
 from jaxgrad._jaxpr.inline import inline
 from jaxgrad._tree.flat import PyTree, flatten, is_hole
 
@@ -57,10 +58,7 @@ def _flows(recipe: Recipe, batch: PyTree) -> set[int]:
 
     closed = jax.make_jaxpr(grads)(recipe.arrays, batch)
     jaxpr = inline(closed, [False] * len(closed.jaxpr.invars)).jaxpr
-    moving = set(jaxpr.invars)
-    for eqn in jaxpr.eqns:
-        if any(v in moving for v in eqn.invars if isinstance(v, jex.Var)):
-            moving.update(eqn.outvars)
+    moving = depending(jaxpr.eqns, jaxpr.invars)
     return {
         i
         for i, v in zip(where, jaxpr.outvars, strict=True)

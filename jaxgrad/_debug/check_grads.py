@@ -18,6 +18,7 @@ from jax.extend import core as jex
 
 from jaxgrad._autograd.grad import grad
 from jaxgrad._autograd.loss import GradientError, split_for_grad
+from jaxgrad._jaxpr.dataflow import depending, reads
 from jaxgrad._jaxpr.inline import inline
 from jaxgrad._jaxpr.source import aval
 from jaxgrad._jaxpr.views import bodies
@@ -232,12 +233,9 @@ def _double(x: Any) -> Any:
 def _precision(closed: jex.ClosedJaxpr) -> np.dtype:
     """The lowest floating-point type that what depends on the inputs is computed in."""
     flat = inline(closed, [False] * len(closed.jaxpr.invars))
-    reached, found = set(flat.invars), [np.dtype("float64")]
-    for eqn in flat.jaxpr.eqns:
-        if any(v in reached for v in eqn.invars if isinstance(v, jex.Var)):
-            reached.update(eqn.outvars)
-            found += _floats(eqn)
-    return max(found, key=lambda dtype: float(jnp.finfo(dtype).eps))
+    reached = depending(flat.jaxpr.eqns, flat.invars)
+    found = [dtype for eqn in flat.jaxpr.eqns if reads(eqn, reached) for dtype in _floats(eqn)]
+    return max([np.dtype("float64"), *found], key=lambda dtype: float(jnp.finfo(dtype).eps))
 
 
 def _floats(eqn: jex.JaxprEqn) -> list[np.dtype]:

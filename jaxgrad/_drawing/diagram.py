@@ -103,8 +103,8 @@ def diagram(jaxpr: jex.Jaxpr, inputs: Inputs, depth: int | None) -> Diagram:
         depth: modules to this depth are one node each; 0 draws the operations.
     """
     owners = modules(jaxpr, inputs.params, depth or None)
-    live = depending(jaxpr, [*inputs.params, *inputs.data])
-    bright = depending(jaxpr, inputs.trained or ())
+    live = depending(jaxpr.eqns, [*inputs.params, *inputs.data])
+    bright = depending(jaxpr.eqns, inputs.trained or ())
     plain = _relabelled(jaxpr, inputs.params)
     names = _names(jaxpr, owners)
     kept = [

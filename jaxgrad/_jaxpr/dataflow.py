@@ -1,16 +1,28 @@
 """What depends on what in a flat program, forwards and backwards."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from jax.extend import core as jex
 
 
-def depending(jaxpr: jex.Jaxpr, inputs: Sequence[jex.Var] | frozenset[jex.Var]) -> set[jex.Var]:
-    found = set(inputs)
-    for eqn in jaxpr.eqns:
-        if any(v in found for v in eqn.invars if isinstance(v, jex.Var)):
+def reads(eqn: jex.JaxprEqn, values: Container[jex.Var]) -> bool:
+    """Whether an equation takes one of these values."""
+    return any(isinstance(v, jex.Var) and v in values for v in eqn.invars)
+
+
+def depending(eqns: Iterable[jex.JaxprEqn], values: Iterable[jex.Var]) -> set[jex.Var]:
+    """The values that depend on one of these, themselves included; equations in their order."""
+    found = set(values)
+    for eqn in eqns:
+        if reads(eqn, found):
             found.update(eqn.outvars)
     return found
+
+
+def taken(jaxpr: jex.Jaxpr) -> set[jex.Var]:
+    """The values that the equations or the outputs of a program take."""
+    atoms = [*(v for e in jaxpr.eqns for v in e.invars), *jaxpr.outvars]
+    return {v for v in atoms if isinstance(v, jex.Var)}
 
 
 def between(

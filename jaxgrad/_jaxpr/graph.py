@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax.extend import core as jex
 
+from jaxgrad._jaxpr.dataflow import between, depending, reads, taken
 from jaxgrad._jaxpr.flops import flops
 from jaxgrad._jaxpr.inline import inline
 from jaxgrad._jaxpr.source import whence
@@ -78,10 +79,7 @@ class Graph:
             output: which output, counted as `jax.tree.leaves` has them; all if None.
         """
         outs = self.jaxpr.outvars if output is None else [self.jaxpr.outvars[output]]
-        needed = {v for v in outs if isinstance(v, jex.Var)}
-        for eqn in reversed(self.jaxpr.eqns):
-            if needed.intersection(eqn.outvars):
-                needed.update(v for v in eqn.invars if isinstance(v, jex.Var))
+        needed = taken(between(self.jaxpr, self.jaxpr.invars, outs))
         named = zip(self.jaxpr.invars, self.inputs, strict=True)
         return [path for var, path in named if var in needed]
 
@@ -96,13 +94,10 @@ class Graph:
         """
         specs = [v.aval for v in self.jaxpr.invars]
         chosen = match(Flat(list(self.inputs), specs, None), wrt)
-        reached = {v for v, c in zip(self.jaxpr.invars, chosen, strict=True) if c}
-        found = []
-        for eqn, equation in zip(self.jaxpr.eqns, self.equations, strict=True):
-            if any(v in reached for v in eqn.invars if isinstance(v, jex.Var)):
-                reached.update(eqn.outvars)
-                found.append(equation)
-        return found
+        inputs = (v for v, c in zip(self.jaxpr.invars, chosen, strict=True) if c)
+        reached = depending(self.jaxpr.eqns, inputs)
+        pairs = zip(self.jaxpr.eqns, self.equations, strict=True)
+        return [equation for eqn, equation in pairs if reads(eqn, reached)]
 
 
 def trace(fun: Callable[..., Any], *args: Any) -> Graph:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from jax.extend import core as jex
 from jax.extend import source_info_util
 
-from jaxgrad._jaxpr.dataflow import between
+from jaxgrad._jaxpr.dataflow import between, reads, taken
 from jaxgrad._jaxpr.split_scan import split_scan
 from jaxgrad._jaxpr.views import Call, Checkpoint, CustomRule, Scan, view
 
@@ -63,10 +63,8 @@ def inline(program: jex.ClosedJaxpr, varying: Sequence[bool]) -> Inlined:
     outs = builder.call(program, invars, source_info_util.new_source_info())
     flat = program.jaxpr.replace(constvars=[], invars=invars, outvars=outs, eqns=builder.eqns)
     flat = between(flat, invars, outs, effects=True)
-    read = {v for e in flat.eqns for v in e.invars if isinstance(v, jex.Var)}.union(
-        v for v in outs if isinstance(v, jex.Var)
-    )
-    captured = {v: value for v, value in builder.consts.items() if v in read}
+    needed = taken(flat)
+    captured = {v: value for v, value in builder.consts.items() if v in needed}
     return Inlined(flat.replace(invars=[*captured, *invars]), list(captured.values()))
 
 
@@ -89,7 +87,7 @@ class _Builder:
         return jex.Var(var.aval)
 
     def varies(self, eqn: jex.JaxprEqn) -> bool:
-        return any(v in self.varying for v in eqn.invars if isinstance(v, jex.Var))
+        return reads(eqn, self.varying)
 
     def call(self, program, args, source):
         """Appends a program's equations, called with these arguments; returns its outputs.

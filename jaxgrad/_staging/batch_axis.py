@@ -390,8 +390,8 @@ _REASONS = {
 }
 
 # What has no rule, and why; in a refusal this comes after the primitive and its source line. The
-# names are of all JAX versions that jaxgrad supports; `test_primitives.py` compares them with those of
-# the JAX that is installed.
+# names are of all JAX versions that jaxgrad supports; `test_primitives.py` compares them with those
+# of the JAX that is installed.
 LEFT_OUT: dict[str, str] = {
     name: reason for reason, names in _REASONS.items() for name in names.split()
 }

@@ -7,7 +7,7 @@ from typing import Any
 from jax.extend import core as jex
 from jax.extend.core import primitives
 
-from jaxgrad._jaxpr.dataflow import between
+from jaxgrad._jaxpr.dataflow import between, depending, reads
 from jaxgrad._jaxpr.flops import flops, nbytes, total
 from jaxgrad._jaxpr.source import aval, whence
 from jaxgrad._jaxpr.views import Checkpoint, bodies, view
@@ -214,19 +214,12 @@ def _random(
     split: Split, eqns: Iterable[jex.JaxprEqn], trained: set[jex.Var]
 ) -> tuple[str, int] | None:
     """The first draw whose result meets frozen values, and what it keeps from being staged."""
-    drawn: set[jex.Var] = set()
-    vary = split.program.depending(split.program.vary)
-    where, count = "", 0
-    for eqn in eqns:
-        random = eqn.primitive.name.startswith(_RANDOM) and any(
-            v in vary for v in eqn.invars if isinstance(v, jex.Var)
-        )
-        if random or any(isinstance(v, jex.Var) and v in drawn for v in eqn.invars):
-            drawn.update(eqn.outvars)
-            if not any(v in trained for v in eqn.outvars):
-                where = where or _where(eqn)
-                count += flops(eqn) * (not random)
-    return (where, count // split.rows) if where else None
+    eqns, vary = list(eqns), split.program.depending(split.program.vary)
+    draws = {e for e in eqns if e.primitive.name.startswith(_RANDOM) and reads(e, vary)}
+    drawn = depending(eqns, (v for e in draws for v in e.outvars))
+    behind = [e for e in eqns if not drawn.isdisjoint(e.outvars) and trained.isdisjoint(e.outvars)]
+    count = sum(flops(e) for e in behind if e not in draws)
+    return (_where(behind[0]), count // split.rows) if behind else None
 
 
 def _si(count: float) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from jax.extend import core as jex
 
-from jaxgrad._jaxpr.dataflow import between
+from jaxgrad._jaxpr.dataflow import between, taken
 from jaxgrad._jaxpr.source import whence
 from jaxgrad._staging.dependence import Classes, Constant, PerExample, Refusal, Varying, classify
 from jaxgrad._staging.min_cut import minimum_cut
@@ -133,9 +133,7 @@ def split(loss: Loss, rows: int) -> Split:
         outputs=[v for v in program.jaxpr.outvars if isinstance(v, jex.Var)],
     )
     whole = Split(program, rows, classes, crossing, folded)
-    step = whole.step()
-    used = {v for e in step.eqns for v in e.invars if isinstance(v, jex.Var)}
-    used.update(v for v in step.outvars if isinstance(v, jex.Var))
+    used = taken(whole.step())
     return dataclasses.replace(whole, constants=[v for v in folded if v in used])
 
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.extend import core as jex
 
+from jaxgrad._jaxpr.dataflow import depending
 from jaxgrad._jaxpr.inline import inline
 from jaxgrad._staging.two_traces import Misaligned, align
 from jaxgrad._tree.flat import Flat, PyTree, is_array, is_hole
@@ -41,11 +42,7 @@ class Program:
 
     def depending(self, inputs: Sequence[jex.Var]) -> set[jex.Var]:
         """The values that depend on one of these inputs, themselves included."""
-        found = set(inputs)
-        for eqn in self.jaxpr.eqns:
-            if any(v in found for v in eqn.invars if isinstance(v, jex.Var)):
-                found.update(eqn.outvars)
-        return found
+        return depending(self.jaxpr.eqns, inputs)
 
 
 class Loss:

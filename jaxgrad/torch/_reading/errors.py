@@ -27,8 +27,10 @@ class TorchFileError(ValueError):
         >>> raise TorchFileError("net.pt", "archive/data.pkl", "the pickle ends early")
         Traceback (most recent call last):
             ...
-        jaxgrad.torch._reading.errors.TorchFileError: net.pt: archive/data.pkl: the pickle ends early
+        jaxgrad.torch.TorchFileError: net.pt: archive/data.pkl: the pickle ends early
     """
+
+    __module__ = "jaxgrad.torch"
 
     def __init__(self, path: str | os.PathLike[str], entry: str, reason: str):
         self.path = os.fspath(path)
