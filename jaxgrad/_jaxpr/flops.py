@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from jax.extend import core as jex
 
-from jaxgrad._jaxpr.source import aval
+from jaxgrad._jaxpr.source import aval, dtype, shape
 from jaxgrad._jaxpr.views import Cond, Scan, ShardMap, bodies, view
 
 _FREE = """
@@ -59,8 +59,9 @@ def total(eqns: Iterable[jex.JaxprEqn]) -> int:
 
 def nbytes(atom: jex.Var | jex.Literal) -> int:
     """What a value takes in memory."""
-    return math.prod(aval(atom).shape) * aval(atom).dtype.itemsize
+    kind = dtype(atom)
+    return math.prod(shape(atom)) * kind.itemsize if kind is not None else 0
 
 
 def _size(atoms: Iterable[jex.Var | jex.Literal]) -> int:
-    return sum(math.prod(getattr(aval(atom), "shape", ())) for atom in atoms)
+    return sum(math.prod(shape(atom)) for atom in atoms)

@@ -18,3 +18,13 @@ def whence(eqn: jex.JaxprEqn) -> tuple[str, str]:
 def aval(atom: jex.Var | jex.Literal) -> Any:
     """The shape and dtype of a value; JAX's type for it promises neither."""
     return atom.aval
+
+
+def shape(atom: jex.Var | jex.Literal) -> tuple[Any, ...]:
+    """The shape of a value; a token, which orders side effects, has none."""
+    return getattr(aval(atom), "shape", ())
+
+
+def dtype(atom: jex.Var | jex.Literal) -> Any:
+    """The dtype of a value, None for a token."""
+    return getattr(aval(atom), "dtype", None)

@@ -15,7 +15,7 @@ opened ones need not know which release it runs on.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -214,6 +214,14 @@ def bodies(eqn: jex.JaxprEqn) -> tuple[jex.ClosedJaxpr, ...]:
     """The programs inside of an equation, also of one that has no view."""
     known = view(eqn)
     return known.bodies if known else tuple(map(closed, jex.jaxprs_in_params(eqn.params)))
+
+
+def inner_consts(jaxpr: jex.Jaxpr) -> Iterator[Any]:
+    """The arrays that the programs inside of a program close over, however deep."""
+    for eqn in jaxpr.eqns:
+        for body in bodies(eqn):
+            yield from body.consts
+            yield from inner_consts(body.jaxpr)
 
 
 def closed(program: Any) -> jex.ClosedJaxpr:

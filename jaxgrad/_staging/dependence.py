@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
-from jaxgrad._jaxpr.source import aval, whence
+from jaxgrad._jaxpr.source import shape, whence
 from jaxgrad._jaxpr.views import Call, Cond, Scan, ShardMap, View, While, view
 from jaxgrad._staging.batch_axis import (
     LEFT_OUT,
@@ -177,11 +177,11 @@ def _outputs(
     if uses_batch_size(one, other, sizes):
         raise Mixes("depends on the size of the batch")
     ins, outs = (
-        [unify(aval(x).shape, aval(y).shape, sizes) for x, y in zip(xs, ys, strict=True)]
+        [unify(shape(x), shape(y), sizes) for x, y in zip(xs, ys, strict=True)]
         for xs, ys in ((a.invars, b.invars), (a.outvars, b.outvars))
     )
     if all(axis is None for axis in axes):
-        if scan_over_batch or any(isinstance(d, Dim) for shape in outs for d in shape):
+        if scan_over_batch or any(isinstance(d, Dim) for out in outs for d in out):
             return _made_for_batch(a, params, outs)
         return [Constant()] * len(outs)
     if ours is not None:
@@ -193,8 +193,10 @@ def _made_for_batch(
     eqn: jex.JaxprEqn, params: Mapping[str, Any], outs: Sequence[Shape]
 ) -> Sequence[Place]:
     """A constant that is repeated for each example is per example; a numbering is not."""
-    (shape, *others) = outs
-    axes = [d for d, size in enumerate(shape) if isinstance(size, Dim)]
+    if not outs:
+        return []
+    (first, *others) = outs
+    axes = [d for d, size in enumerate(first) if isinstance(size, Dim)]
     repeated = eqn.primitive.name == "broadcast_in_dim" or (
         eqn.primitive.name == "iota" and params["dimension"] not in axes
     )
@@ -205,11 +207,11 @@ def _made_for_batch(
 
 def _places(axes: Sequence[int | None], outs: Sequence[Shape]) -> list[Place]:
     places: list[Place] = []
-    for axis, shape in zip(axes, outs, strict=True):
-        scaling = [d for d, size in enumerate(shape) if isinstance(size, Dim)]
+    for axis, sizes in zip(axes, outs, strict=True):
+        scaling = [d for d, size in enumerate(sizes) if isinstance(size, Dim)]
         if axis is None and not scaling:
             places.append(Constant())
-        elif axis is not None and scaling == [axis] and isinstance(size := shape[axis], Dim):
+        elif axis is not None and scaling == [axis] and isinstance(size := sizes[axis], Dim):
             places.append(PerExample(axis, size.inner))
         else:
             raise Mixes("has the batch size in more than one axis")
@@ -229,7 +231,8 @@ def _body(
         if isinstance(place, Varying):
             assert place.because is not None, "a body's inputs are frozen"
             inner = place.because
-            raise Mixes(f"contains {inner.primitive} at {inner.source}, which {inner.reason}")
+            where = f" at {inner.source}" if inner.source else ""  # JAX's own equation
+            raise Mixes(f"contains {inner.primitive}{where}, which {inner.reason}")
     return outs
 
 

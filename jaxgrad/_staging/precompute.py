@@ -16,10 +16,13 @@ import numpy as np
 from jax.extend import core as jex
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxgrad._jaxpr.dataflow import taken
 from jaxgrad._jaxpr.source import aval, whence
+from jaxgrad._jaxpr.views import inner_consts
 from jaxgrad._staging import features as _features
 from jaxgrad._staging.encoding import decode, encode, is_encoded, squares
 from jaxgrad._staging.split import Split
+from jaxgrad._tree.bitwise import host
 
 
 class StageError(ValueError):
@@ -111,13 +114,15 @@ class Frozen:
         for part in (text, jax.__version__, version("jaxlib"), jax.default_backend()):
             digest.update(part.encode() + b"\0")
         digest.update(f"{self.encoding} {self.split.rows}".encode())
-        used = {v for e in self.jaxpr.eqns for v in e.invars if isinstance(v, jex.Var)}
+        used = taken(self.jaxpr)
         inputs = zip(self.jaxpr.invars, [*self.values, *self.dataset], strict=True)
-        for value in (value for v, value in inputs if v in used):
+        # As text, a program shows the arrays that programs inside of it close over in part only.
+        for value in [*(value for v, value in inputs if v in used), *inner_consts(self.jaxpr)]:
             digest.update(f"{np.shape(value)} {value.dtype}".encode())
             for start in range(0, len(value) if np.ndim(value) else 1, 4096):
-                part = value[start : start + 4096] if np.ndim(value) else value
-                digest.update(np.ascontiguousarray(part).tobytes())
+                digest.update(
+                    host(value[start : start + 4096] if np.ndim(value) else value).tobytes()
+                )
         return digest.hexdigest()[:32]
 
 

@@ -9,7 +9,7 @@ from jaxgrad._jaxpr.dataflow import between, taken
 from jaxgrad._jaxpr.source import whence
 from jaxgrad._staging.dependence import Classes, Constant, PerExample, Refusal, Varying, classify
 from jaxgrad._staging.min_cut import minimum_cut
-from jaxgrad._staging.traced_loss import Loss, Program, pair
+from jaxgrad._staging.traced_loss import Loss, Program, check_closed_over, pair
 from jaxgrad._staging.two_traces import Misaligned
 
 
@@ -38,6 +38,8 @@ class Split:
 
     def place(self, var: jex.Var) -> PerExample:
         """Where a crossing value has its examples."""
+        if var in self.program.batch:
+            return PerExample(0)
         place = self.classes[var]
         assert isinstance(place, PerExample)
         return place
@@ -84,6 +86,7 @@ class Split:
         The frozen parts are then not the same equations, and need not be: the steps are compared,
         backwards from the outputs to the crossing.
         """
+        check_closed_over(self.program, program)
         ours, theirs = (
             {v: (e, i) for e in p.jaxpr.eqns for i, v in enumerate(e.outvars)}
             for p in (self.program, program)
@@ -132,9 +135,15 @@ def split(loss: Loss, rows: int) -> Split:
         forced=lambda e: bool(e.effects) or any(isinstance(classes[v], Varying) for v in e.outvars),
         outputs=[v for v in program.jaxpr.outvars if isinstance(v, jex.Var)],
     )
-    whole = Split(program, rows, classes, crossing, folded)
+    # Where nothing is known of the batch, the step takes it as it is.
+    unknown = [v for v in program.batch if isinstance(classes[v], Varying)]
+    whole = Split(program, rows, classes, [*crossing, *unknown], folded)
     used = taken(whole.step())
-    return dataclasses.replace(whole, constants=[v for v in folded if v in used])
+    return dataclasses.replace(
+        whole,
+        crossing=[*crossing, *(v for v in unknown if v in used)],
+        constants=[v for v in folded if v in used],
+    )
 
 
 def _classes(loss: Loss, program: Program, rows: int) -> Classes:

@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.extend import core as jex
 
 from jaxgrad._jaxpr.dataflow import depending
 from jaxgrad._jaxpr.inline import inline
-from jaxgrad._staging.two_traces import Misaligned, align
+from jaxgrad._staging.two_traces import Misaligned, align, equal
 from jaxgrad._tree.flat import Flat, PyTree, is_array, is_hole
 
 
@@ -104,6 +103,17 @@ class Loss:
         )
 
 
+def check_closed_over(first: Program, other: Program) -> None:
+    """Compares the arrays that two traces of one loss close over.
+
+    Raises:
+        Misaligned: they are others, or of another number.
+    """
+    ours, theirs = first.closed_over, other.closed_over
+    if len(ours) != len(theirs) or not all(map(equal, ours, theirs)):
+        raise Misaligned("it closes over another array")
+
+
 def pair(first: Program, other: Program) -> dict[jex.Var, jex.Var]:
     """The values of one trace in another trace of the same loss.
 
@@ -111,9 +121,7 @@ def pair(first: Program, other: Program) -> dict[jex.Var, jex.Var]:
         Misaligned: it is not the same computation.
     """
     pairs = align(first.jaxpr, other.jaxpr)
-    for a, b in zip(first.closed_over, other.closed_over, strict=True):
-        if a is not b and not np.array_equal(np.asarray(a), np.asarray(b)):
-            raise Misaligned("it closes over another array")
+    check_closed_over(first, other)
     if first.out_tree != other.out_tree:
         raise Misaligned("it returns another structure")
     return pairs

@@ -10,8 +10,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from jax.extend import core as jex
 
-from jaxgrad._jaxpr.source import whence
+from jaxgrad._jaxpr.source import dtype, shape, whence
 from jaxgrad._staging.batch_axis import Dim, Mixes, Shape
+from jaxgrad._tree.bitwise import host
 
 Sizes: TypeAlias = tuple[int, int]
 
@@ -33,7 +34,7 @@ def align(first: jex.Jaxpr, second: jex.Jaxpr) -> dict[jex.Var, jex.Var]:
         for a, b in zip(ones, others, strict=False):
             if isinstance(a, jex.Literal) or isinstance(b, jex.Literal):
                 same &= isinstance(a, jex.Literal) and isinstance(b, jex.Literal)
-            elif a.aval.dtype != b.aval.dtype or len(a.aval.shape) != len(b.aval.shape):
+            elif dtype(a) != dtype(b) or len(shape(a)) != len(shape(b)):
                 same = False
             else:
                 same &= pairs.setdefault(a, b) is b
@@ -80,15 +81,15 @@ def unify(first: Sequence[int], second: Sequence[int], sizes: Sizes) -> Shape:
     """The sizes of two traces as one: those that scale with the batch become a `Dim`."""
     if len(first) != len(second):
         raise Mixes("has another number of axes at another batch size")
-    shape: list[int | Dim] = []
+    made: list[int | Dim] = []
     for a, b in zip(first, second, strict=True):
         if a == b:
-            shape.append(a)
+            made.append(a)
         elif a % sizes[0] == 0 and b % sizes[1] == 0 and a // sizes[0] == b // sizes[1]:
-            shape.append(Dim(a // sizes[0]))
+            made.append(Dim(a // sizes[0]))
         else:
             raise Mixes("has a size that is no multiple of the batch size")
-    return tuple(shape)
+    return tuple(made)
 
 
 # Parameters that are sizes, so that the batch size may stand in them.
@@ -112,7 +113,11 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def equal(a: Any, b: Any) -> bool:
-    return a is b or np.array_equal(np.asarray(a), np.asarray(b))
+    """Whether two arrays that traces close over are the same to the bit: keys and NaNs too."""
+    if a is b:
+        return True
+    a, b = host(a), host(b)
+    return (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
 
 
 def _is_body(value: Any) -> bool:
