@@ -36,3 +36,20 @@ def test_the_import_loads_neither_jax_nor_flax():
 
 def test_gradients_load_no_flax():
     assert "flax" not in loaded("import jaxgrad as jg; jg.value_and_grad, jg.param_groups")
+
+
+def test_a_run_of_a_dict_is_resumed_without_flax_and_without_the_reader_of_pytorchs_files(tmp_path):
+    found = loaded(
+        f"""
+import jax, jax.numpy as jnp, optax, jaxgrad as jg
+for epochs in (1, 2):
+    state = jg.fit(
+        lambda p, b: jnp.mean((b["x"] * p["w"] - b["y"]) ** 2),
+        {{"w": jnp.zeros(())}}, {{"x": jnp.ones(8), "y": jnp.ones(8)}}, optax.sgd(0.1),
+        epochs=epochs, batch_size=4, checkpoint={str(tmp_path / "run")!r}, resume=True,
+        progress=False,
+    )
+assert state.step == 4
+"""
+    )
+    assert not {m for m in found if m.startswith(("flax", "jaxgrad.torch"))}

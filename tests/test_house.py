@@ -78,3 +78,10 @@ def test_folders_say_what_they_own():
 def test_no_file_is_over_500_lines():
     lines = {file.name: len(file.read_text().splitlines()) for file in PACKAGE.rglob("*.py")}
     assert not {name: n for name, n in lines.items() if n > 500}
+
+
+def test_checkpoints_know_nothing_of_pytorch():
+    known = modules()
+    for module, file in known.items():
+        if room(module) == "_checkpoint":
+            assert not {target for target in imported(file, known) if room(target) == "torch"}

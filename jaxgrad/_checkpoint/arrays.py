@@ -26,6 +26,8 @@ from jaxgrad._devices.placement import ShardingOf, on_one_device
 from jaxgrad._devices.processes import several
 from jaxgrad._disk import safetensors as _safetensors
 from jaxgrad._disk.atomic import sync_names, synced
+from jaxgrad._disk.malformed import MalformedError
+from jaxgrad._disk.mapped import mapped
 from jaxgrad._text import listed, nearest, spec
 from jaxgrad._tree.flat import PyTree, flatten, is_array, is_key
 
@@ -164,17 +166,16 @@ def _load_orbax(
 
 
 def _read_file(file: Path) -> tuple[Mapping[str, np.ndarray], dict[str, Any]]:
-    from jaxgrad.torch import TorchFileError
-    from jaxgrad.torch import read as read_tensors
-
     try:
-        found = read_tensors(file)
-    except TorchFileError as e:
-        raise CheckpointError(f"the checkpoint is damaged: {e}") from e
-    text = found.values.get("record", "")
-    if found.values.get("crc32") != str(zlib.crc32(text.encode())):
+        data = mapped(file)
+        entries, metadata = _safetensors.read_header(data)
+    except MalformedError as e:
+        what = ": ".join(part for part in (str(file), e.entry, e.reason) if part)
+        raise CheckpointError(f"the checkpoint is damaged: {what}") from e
+    text = metadata.get("record", "")
+    if metadata.get("crc32") != str(zlib.crc32(text.encode())):
         raise CheckpointError(f"the checkpoint is damaged: {file}: its record is not whole")
-    return found.tensors, json.loads(text)
+    return {name: entry.array(data) for name, entry in entries.items()}, json.loads(text)
 
 
 def _placed(x: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:

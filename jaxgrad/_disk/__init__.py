@@ -1,4 +1,5 @@
-"""Files: atomic writes, and the safetensors format. The ground: imports nothing of jaxgrad.
+"""Files: atomic writes, memory maps, the safetensors format, and what is wrong with a file.
 
-A new file format is a file here, with one reader and one writer.
+The ground: imports nothing of jaxgrad. A new file format is a file here, with one reader and one
+writer.
 """

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxgrad.torch as jgt
+from jaxgrad._disk.malformed import MalformedError
 from jaxgrad.torch._reading import module, unpickler
-from jaxgrad.torch._reading.errors import MalformedError
 from jaxgrad.torch._reading.opcodes import OPCODES
 from jaxgrad.torch._reading.torch_globals import REBUILD
 from jaxgrad.torch._reading.unpickler import Global, Machine, Object

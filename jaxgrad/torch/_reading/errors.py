@@ -9,6 +9,8 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+from jaxgrad._disk.malformed import MalformedError
+
 
 class TorchFileError(ValueError):
     """A file that is not a readable PyTorch checkpoint, with the entry at fault and the reason.
@@ -42,15 +44,6 @@ class TorchFileError(ValueError):
         return ": ".join(part for part in (self.path, self.entry, self.reason) if part)
 
 
-class MalformedError(Exception):
-    """A reason, raised where neither the file's nor (mostly) the entry's name is known."""
-
-    def __init__(self, reason: str, entry: str = ""):
-        self.reason = reason
-        self.entry = entry
-        super().__init__(reason)
-
-
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str], entry: str = "") -> Iterator[None]:
     """Turns a `MalformedError` inside into a `TorchFileError` about `entry` of `path`."""
@@ -58,9 +51,3 @@ def naming(path: str | os.PathLike[str], entry: str = "") -> Iterator[None]:
         yield
     except MalformedError as error:
         raise TorchFileError(path, error.entry or entry, error.reason) from None
-
-
-def shorten(text: str, limit: int = 80) -> str:
-    """`text` as it may be shown in a message: printable, and never longer than `limit`."""
-    shown = text if len(text) <= limit else f"{text[: limit - 3]}..."
-    return ascii(shown)[1:-1]

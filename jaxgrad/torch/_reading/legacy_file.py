@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from jaxgrad.torch._reading.errors import MalformedError, shorten
+from jaxgrad._disk.malformed import MalformedError, shorten
 from jaxgrad.torch._reading.tensors import Storage
 from jaxgrad.torch._reading.torch_globals import REBUILD, Unreadable, load_storage
 from jaxgrad.torch._reading.unpickler import Machine

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jaxgrad.torch._reading.errors import MalformedError, shorten
+from jaxgrad._disk.malformed import MalformedError, shorten
 from jaxgrad.torch._reading.tensors import Tensor
 from jaxgrad.torch._reading.torch_globals import Unreadable
 from jaxgrad.torch._reading.unpickler import Global, Object

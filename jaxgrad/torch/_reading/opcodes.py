@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from jaxgrad.torch._reading.errors import MalformedError
+from jaxgrad._disk.malformed import MalformedError
 
 MAX_INT_BITS = 1024
 MAX_NAME_LENGTH = 1024

@@ -10,17 +10,19 @@ import difflib
 import mmap
 import os
 import pathlib
-import stat
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from jaxgrad.torch._reading.errors import MalformedError, TorchFileError, naming, shorten
+from jaxgrad._disk.malformed import MalformedError, shorten
+from jaxgrad._disk.mapped import mapped
+from jaxgrad._disk.safetensors import parse_json
+from jaxgrad.torch._reading.errors import TorchFileError, naming
 from jaxgrad.torch._reading.legacy_file import MAGIC, load_legacy
 from jaxgrad.torch._reading.module import Contents, Module, contents
-from jaxgrad.torch._reading.safetensors_file import load_safetensors, parse_json, read_index
+from jaxgrad.torch._reading.safetensors_file import load_safetensors, read_index
 from jaxgrad.torch._reading.tensors import Arrays
 from jaxgrad.torch._reading.zip_file import load_zip
 
@@ -163,7 +165,7 @@ def read(path: str | os.PathLike[str], *, checksums: bool = False) -> Checkpoint
     """
     path = pathlib.Path(path)
     with naming(path):
-        data = _map(path)
+        data = mapped(path)
         if data[:4] == b"PK\3\4":
             found = contents(load_zip(data, checksums))
             return _checkpoint(path, "zip", found, data)
@@ -176,22 +178,6 @@ def read(path: str | os.PathLike[str], *, checksums: bool = False) -> Checkpoint
         if data[8:9] == b"{":
             return _checkpoint(path, "safetensors", load_safetensors(data), data)
         raise MalformedError(_unknown(data))
-
-
-def _map(path: pathlib.Path) -> mmap.mmap:
-    with open(path, "rb", opener=_open_regular) as file:
-        try:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError:
-            raise MalformedError("the file is empty") from None
-
-
-def _open_regular(path: str, flags: int) -> int:
-    # A pipe would block until somebody writes to it.
-    mode = os.stat(path).st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise MalformedError("not a regular file")
-    return os.open(path, flags)
 
 
 def _unknown(data: mmap.mmap) -> str:

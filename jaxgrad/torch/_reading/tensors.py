@@ -14,11 +14,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxgrad.torch._reading.errors import MalformedError, shorten
+from jaxgrad._disk.malformed import MAX_INT64, MalformedError, checked_int, shorten
+from jaxgrad._disk.safetensors import MAX_RANK
 
-MAX_RANK = 64  # PyTorch's and NumPy's own limit
 MAX_EXPANDED_BYTES = 1 << 30
-_MAX_INT64 = (1 << 63) - 1
 
 # Names as in `torch.<name>`.
 DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -83,14 +82,6 @@ class Tensor:
         return start, self.dtype, self.shape, self.strides, self.conj, self.neg
 
 
-def checked_int(value: Any, what: str) -> int:
-    """`value`, when it is an integer in [0, 2**63)."""
-    if type(value) is int and 0 <= value <= _MAX_INT64:
-        return value
-    shown = value if type(value) is int else f"a {type(value).__name__}"
-    raise MalformedError(f"{what} is {shown}, expected an integer in [0, 2**63)")
-
-
 def make_tensor(
     storage: Storage, dtype: np.dtype[Any], offset: Any, shape: Any, strides: Any, bits: Any = None
 ) -> Tensor:
@@ -112,7 +103,7 @@ def make_tensor(
         numel *= size
         # NumPy multiplies the other dimensions even if one is zero.
         extent *= size or 1
-        if max(extent, stride) * itemsize > _MAX_INT64:
+        if max(extent, stride) * itemsize > MAX_INT64:
             raise MalformedError(f"shape {tuple(shape)} or stride {tuple(strides)} exceeds 2**63")
     room = storage.nbytes // itemsize
     if numel and last >= room:

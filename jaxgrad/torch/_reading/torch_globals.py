@@ -8,8 +8,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxgrad.torch._reading.errors import MalformedError, shorten
-from jaxgrad.torch._reading.tensors import DTYPES, STORAGE_DTYPES, Storage, checked_int, make_tensor
+from jaxgrad._disk.malformed import MalformedError, checked_int, shorten
+from jaxgrad.torch._reading.tensors import DTYPES, STORAGE_DTYPES, Storage, make_tensor
 from jaxgrad.torch._reading.unpickler import Global, Machine, Object, Rebuild
 
 

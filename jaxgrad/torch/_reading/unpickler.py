@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxgrad.torch._reading.errors import MalformedError, shorten
+from jaxgrad._disk.malformed import MalformedError, shorten
 from jaxgrad.torch._reading.opcodes import MAX_NAME_LENGTH, OPCODES, Bytes, Decode
 
 MAX_PICKLE_BYTES = 1 << 28

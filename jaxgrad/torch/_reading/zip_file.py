@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from jaxgrad.torch._reading.errors import MalformedError, shorten
+from jaxgrad._disk.malformed import MalformedError, shorten
 from jaxgrad.torch._reading.torch_globals import REBUILD, load_storage
 from jaxgrad.torch._reading.unpickler import MAX_PICKLE_BYTES, Machine
 
