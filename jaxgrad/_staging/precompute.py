@@ -118,11 +118,11 @@ class Frozen:
         inputs = zip(self.jaxpr.invars, [*self.values, *self.dataset], strict=True)
         # As text, a program shows the arrays that programs inside of it close over in part only.
         for value in [*(value for v, value in inputs if v in used), *inner_consts(self.jaxpr)]:
+            value = value if np.ndim(value) else host(value)  # a Python number has no dtype
             digest.update(f"{np.shape(value)} {value.dtype}".encode())
             for start in range(0, len(value) if np.ndim(value) else 1, 4096):
-                digest.update(
-                    host(value[start : start + 4096] if np.ndim(value) else value).tobytes()
-                )
+                part = value[start : start + 4096] if np.ndim(value) else value
+                digest.update(host(part).tobytes())
         return digest.hexdigest()[:32]
 
 

@@ -8,6 +8,7 @@ from jax import lax
 
 import jaxgrad as jg
 from jaxgrad._staging.two_traces import equal
+from jaxgrad._tree.flat import is_key
 
 PARAMS = {"head": jnp.ones(3), "trunk": jnp.eye(3)}
 X = jnp.linspace(-1, 1, 21).reshape(7, 3)
@@ -127,4 +128,32 @@ def test_features_of_another_large_array_in_a_loop_are_not_taken_for_these(libra
         staged = jg.stage(loss, PARAMS, X[:4], wrt="head")
         features = staged.prepare(X, where=tmp_path, progress=False)
         np.testing.assert_allclose(staged.loss(HEAD, features[:4]), loss(PARAMS, X[:4]), rtol=1e-5)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+SCALARS = {
+    "float": (2.0, 3.0),
+    "int": (2, 3),
+    "bool": (True, False),
+    "NumPy": (np.float32(2), np.float32(3)),
+    "key": (jax.random.key(0), jax.random.key(1)),
+}
+
+
+@pytest.mark.parametrize("values", SCALARS.values(), ids=list(SCALARS))
+def test_features_of_another_number_or_key_are_not_taken_for_these(values, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxgrad._staging.min_cut.FLOPS_PER_BYTE", 1e-6)  # store what is small too
+
+    def loss(params, x):
+        more = params["more"]
+        drawn = jax.random.normal(more, (3,)) if is_key(more) else more
+        h = jnp.tanh(x @ params["trunk"]) * jnp.broadcast_to(jnp.asarray(drawn, x.dtype), x.shape)
+        return jnp.mean(h @ params["head"])
+
+    for more in (values[0], values[0], values[1]):
+        params = {**PARAMS, "more": more}
+        staged = jg.stage(loss, params, X[:4], wrt="head")
+        features = staged.prepare(X, where=tmp_path, progress=False)
+        value = staged.loss(jg.partition(params, "head")[0], features[:4])
+        np.testing.assert_allclose(value, loss(params, X[:4]), rtol=1e-5)
     assert len(list(tmp_path.iterdir())) == 2
