@@ -36,8 +36,8 @@ class ProgramError(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
-    """A program that runs once, with the equation's inputs: `jax.jit` and its like."""
+class _OneBody:
+    """What has one program inside."""
 
     body: jex.ClosedJaxpr
 
@@ -45,6 +45,11 @@ class Call:
     def bodies(self) -> tuple[jex.ClosedJaxpr, ...]:
         """The programs inside."""
         return (self.body,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call(_OneBody):
+    """A program that runs once, with the equation's inputs: `jax.jit` and its like."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Checkpoint(Call):
 
 
 @dataclasses.dataclass(frozen=True)
-class Scan:
+class Scan(_OneBody):
     """`jax.lax.scan`. The inputs are constants, carries and stacks, in that order.
 
     Attributes:
@@ -93,17 +98,11 @@ class Scan:
         unroll: how many turns are compiled as one.
     """
 
-    body: jex.ClosedJaxpr
     consts: int
     carries: int
     length: int
     reverse: bool
     unroll: Any
-
-    @property
-    def bodies(self) -> tuple[jex.ClosedJaxpr, ...]:
-        """The programs inside."""
-        return (self.body,)
 
     @property
     def fixed(self) -> int:
@@ -164,7 +163,7 @@ class Cond:
 
 
 @dataclasses.dataclass(frozen=True)
-class ShardMap:
+class ShardMap(_OneBody):
     """`jax.shard_map`: the program runs on each device, on a part of the inputs.
 
     Attributes:
@@ -175,16 +174,10 @@ class ShardMap:
         over: the axes of the mesh that the program runs over.
     """
 
-    body: jex.ClosedJaxpr
     mesh: Mapping[str, int]
     in_specs: tuple[Any, ...]
     out_specs: tuple[Any, ...]
     over: frozenset[str]
-
-    @property
-    def bodies(self) -> tuple[jex.ClosedJaxpr, ...]:
-        """The programs inside."""
-        return (self.body,)
 
 
 View: TypeAlias = Call | CustomRule | Checkpoint | Scan | While | Cond | ShardMap
