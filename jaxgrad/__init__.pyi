@@ -59,10 +59,11 @@ from ._training.state import TrainState as TrainState
 from ._tree.bitwise import LeakError as LeakError
 from ._tree.bitwise import assert_frozen as assert_frozen
 from ._tree.flat import paths as paths
-from ._tree.select import MergeError as MergeError
-from ._tree.select import merge as merge
+from ._tree.merge import MergeError as MergeError
+from ._tree.merge import merge as merge
 from ._tree.select import partition as partition
 from ._tree.select import select as select
+from ._tree.selection import Selection as Selection
+from ._tree.selection import SelectionError as SelectionError
 from ._tree.split_layers import split_layers as split_layers
-from ._tree.wrt import SelectionError as SelectionError
 from ._tree.wrt import Wrt as Wrt

@@ -31,8 +31,9 @@ from jaxgrad._staging.stage import StageError, stage
 from jaxgrad._text import nbytes, spec
 from jaxgrad._tree.bitwise import Change, change, wide
 from jaxgrad._tree.flat import Flat, PyTree, flatten, is_array, is_hole
-from jaxgrad._tree.select import select
-from jaxgrad._tree.wrt import SelectionError, Wrt, match
+from jaxgrad._tree.select import resolve
+from jaxgrad._tree.selection import SelectionError
+from jaxgrad._tree.wrt import Wrt
 
 
 def audit(
@@ -161,9 +162,7 @@ def _trained(params: PyTree, tx: Any, wrt: Wrt | None) -> tuple[Flat, list[bool]
     if wrt is None:
         wrt = tx.assign(params).wrt if isinstance(tx, ParamGroups) else "**"
     flat = flatten(params)
-    chosen = match(flat, wrt)
-    if not any(chosen):
-        select(params, wrt)  # for its error
+    chosen = resolve(flat, wrt).flags
     is_float = (
         is_array(x) and jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in flat.leaves
     )

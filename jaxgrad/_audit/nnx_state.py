@@ -8,14 +8,13 @@ import numpy as np
 
 from jaxgrad._audit.train_step import Recipe
 from jaxgrad._tree.bitwise import host
-from jaxgrad._tree.flat import Flat, PyTree, flatten, is_array
-from jaxgrad._tree.nnx import nnx_types
+from jaxgrad._tree.flat import Flat, PyTree, flatten, is_array, variables
 
 
 def ties(params: PyTree, flat: Flat, trained: Sequence[bool]) -> list[tuple[str, str]]:
     """The pairs of paths at which one parameter stands, one of them trained."""
     found, first = [], {}
-    one = [id(v) for v in _variables(params, flat, ("Variable",))]
+    one = [id(v) for v in _variables(params, flat, "Variable")]
     for i, (path, leaf) in enumerate(zip(flat.paths, flat.leaves, strict=True)):
         if not is_array(leaf):
             continue
@@ -30,21 +29,13 @@ def ties(params: PyTree, flat: Flat, trained: Sequence[bool]) -> list[tuple[str,
 
 def trained_stats(params: PyTree, flat: Flat, trained: Sequence[bool]) -> list[str]:
     """The paths of running statistics among what is trained."""
-    nodes = _variables(params, flat, ("BatchStat",))
+    nodes = _variables(params, flat, "BatchStat")
     return [path for path, node, t in zip(flat.paths, nodes, trained, strict=True) if t and node]
 
 
-def _variables(params: PyTree, flat: Flat, names: tuple[str, ...]) -> list[Any]:
-    """For each leaf, the NNX Variable of these classes that holds it, or None."""
-    classes = nnx_types(*names)
-    nodes, _ = jax.tree_util.tree_flatten_with_path(
-        params, is_leaf=lambda x: isinstance(x, classes)
-    )
-    held = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): node
-        for path, node in nodes
-        if isinstance(node, classes)
-    }
+def _variables(params: PyTree, flat: Flat, kind: str) -> list[Any]:
+    """For each leaf, the NNX Variable of this kind that holds it, or None."""
+    held = dict(variables(params, kind))
     return [held.get(path) for path in flat.paths]
 
 

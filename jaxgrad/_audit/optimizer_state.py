@@ -9,7 +9,7 @@ import numpy as np
 from jaxgrad._checkpoint.params import inspect
 from jaxgrad._text import nbytes
 from jaxgrad._tree.bitwise import host
-from jaxgrad._tree.flat import Flat, flatten, is_array
+from jaxgrad._tree.flat import Flat, flatten, is_array, paths
 
 
 def state_bytes(flat: Flat, state: Any) -> list[int]:
@@ -20,7 +20,8 @@ def state_bytes(flat: Flat, state: Any) -> list[int]:
 def _states(flat: Flat, state: Any) -> dict[str, list[Any]]:
     """For each leaf, the arrays of the optimizer's state whose path ends in its path."""
     held: dict[str, list[Any]] = {path: [] for path in flat.paths}
-    for path, leaf in zip(*flatten(state)[:2], strict=True):
+    flat = flatten(state)
+    for path, leaf in zip(flat.paths, flat.leaves, strict=True):
         if is_array(leaf):
             parts = path.split("/")
             ends = ("/".join(parts[i:]) for i in range(len(parts)))
@@ -48,9 +49,6 @@ def unsaved(flat: Flat, saved: Any) -> list[str]:
     """The paths of arrays that are not among those that are saved."""
     if saved is None:
         return []
-    if isinstance(saved, str | PathLike):
-        there = set(inspect(saved).leaves)
-    else:
-        there = {p for p, x in zip(*flatten(saved)[:2], strict=True) if is_array(x)}
+    there = inspect(saved).leaves if isinstance(saved, str | PathLike) else paths(saved)
     leaves = zip(flat.paths, flat.leaves, strict=True)
     return [path for path, leaf in leaves if is_array(leaf) and path not in there]

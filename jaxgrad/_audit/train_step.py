@@ -25,7 +25,7 @@ from jaxgrad._tree.flat import (
     is_array,
     is_hole,
 )
-from jaxgrad._tree.select import merge
+from jaxgrad._tree.merge import merge
 
 
 class AuditError(ValueError):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad._autograd.loss import GradientError, call_loss, scalar_value, split_for_grad
+from jaxgrad._autograd.loss import GradientError, call_loss, differentiable, scalar_value
 from jaxgrad._autograd.microbatches import accumulate
 from jaxgrad._text import listed, spec
 from jaxgrad._tree.flat import (
@@ -22,7 +22,8 @@ from jaxgrad._tree.flat import (
     flatten,
     is_hole,
 )
-from jaxgrad._tree.select import merge, partition
+from jaxgrad._tree.merge import merge
+from jaxgrad._tree.select import select
 from jaxgrad._tree.wrt import Wrt
 
 T = TypeVar("T")
@@ -81,7 +82,7 @@ def value_and_grad(
         raise GradientError(f"microbatches={microbatches}; it must be 1 or more, or None.")
 
     def wrapped(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
-        selected, rest = split_for_grad(params, wrt)
+        selected, rest = differentiable(params, wrt).split(params)
 
         def of_selected(selected: PyTree, args: tuple, kwargs: dict) -> tuple[jax.Array, Any]:
             whole = merge(selected, rest)
@@ -196,7 +197,7 @@ def backward(
 
     Source: `Tensor.backward(gradient=...)`.
     """
-    selected, rest = split_for_grad(params, wrt)
+    selected, rest = differentiable(params, wrt).split(params)
     value, pullback = jax.vjp(lambda s: call_loss(fun, merge(s, rest), args, {}), selected)
     if not any(jnp.issubdtype(y.dtype, jnp.inexact) for y in jax.tree.leaves(value)):
         raise GradientError(
@@ -206,12 +207,12 @@ def backward(
     return value, pullback(_cotangents(value, gradient))[0]
 
 
-def stop_gradient(tree: T, where: Wrt = "**") -> T:
-    """Cuts the leaves that `where` selects off from differentiation.
+def stop_gradient(tree: T, wrt: Wrt = "**") -> T:
+    """Cuts the leaves that `wrt` selects off from differentiation.
 
     Args:
         tree: any pytree.
-        where: the leaves to cut off; see `select`.
+        wrt: the leaves to cut off; see `select`.
 
     Returns:
         The tree with the same values; no gradient flows through the leaves selected.
@@ -229,8 +230,7 @@ def stop_gradient(tree: T, where: Wrt = "**") -> T:
     Source: `Tensor.detach`. To train a part of a model take `wrt`, which computes nothing for
     the rest; this is for a value inside of a loss (a target network, a straight-through step).
     """
-    selected, rest = partition(tree, where)
-    return merge(jax.tree.map(jax.lax.stop_gradient, selected), rest)
+    return select(tree, wrt).map(jax.lax.stop_gradient, tree)
 
 
 def _cotangents(value: PyTree, gradient: PyTree) -> PyTree:

@@ -11,15 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxgrad._text import listed, spec
-from jaxgrad._tree.flat import (
-    PyTree,
-    flatten,
-    is_array,
-    is_hole,
-)
+from jaxgrad._tree.flat import PyTree, is_array, is_hole, variables
 from jaxgrad._tree.nnx import nnx_types
-from jaxgrad._tree.select import partition
-from jaxgrad._tree.wrt import SelectionError, Wrt
+from jaxgrad._tree.select import select
+from jaxgrad._tree.selection import Selection, SelectionError
+from jaxgrad._tree.wrt import Wrt
 
 
 class GradientError(ValueError):
@@ -37,36 +33,25 @@ def checked(fun: Callable[..., Any]) -> Callable[..., jax.Array]:
     return wrapped
 
 
-def split_for_grad(params: PyTree, wrt: Wrt) -> tuple[PyTree, PyTree]:
-    """`partition`, where each selected leaf can have a gradient."""
-    selected, rest = partition(params, wrt)
-    flat = flatten(selected)
-    for path, leaf in zip(flat.paths, flat.leaves, strict=True):
-        if is_hole(leaf):
-            continue
-        dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.inexact):
+def differentiable(params: PyTree, wrt: Wrt) -> Selection:
+    """`select`, where each selected leaf can have a gradient."""
+    selection = select(params, wrt)
+    flat = selection.flat
+    for path, leaf, flag in zip(flat.paths, flat.leaves, selection.flags, strict=True):
+        if flag and not is_hole(leaf) and not jnp.issubdtype(leaf.dtype, jnp.inexact):
             raise SelectionError(
                 f"wrt selects '{path}', which is {spec(leaf)} and has no gradient: "
                 f"only floating-point leaves have. Exclude it: wrt=[..., '!{path}']."
             )
-    _refuse_statistics(selected)
-    return selected, rest
-
-
-def _refuse_statistics(selected: PyTree) -> None:
-    statistic = nnx_types("BatchStat")
-    nodes, _ = jax.tree_util.tree_flatten_with_path(
-        selected, is_leaf=lambda x: isinstance(x, statistic)
-    )
-    for path, node in nodes:
-        if isinstance(node, statistic) and jax.tree.leaves(node):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+    for name, node in variables(params, "BatchStat"):
+        held = (path == name or path.startswith(name + "/") for path in selection.paths)
+        if jax.tree.leaves(node) and any(held):
             raise SelectionError(
                 f"wrt selects '{name}', a running statistic ({type(node).__name__}), which no "
                 f"optimizer should move. Exclude it: wrt=[..., '!{name}']; or take parameters "
                 "and statistics apart with `jaxgrad.functional(model)`."
             )
+    return selection
 
 
 def call_loss(fun: Callable[..., Any], params: PyTree, args: tuple, kwargs: dict) -> Any:
@@ -94,14 +79,11 @@ def _writable(tree: PyTree) -> dict[str, Any]:
 
     Parameters are left out because `nnx.remat` and `nnx.jit` write back what they were passed.
     """
-    variable, param = nnx_types("Variable"), nnx_types("Param")
-    if not variable:
-        return {}
-    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, variable))
+    (param,) = nnx_types("Param") or (None,)
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, node in nodes
-        if isinstance(node, variable) and not isinstance(node, param)
+        name: leaf
+        for name, node in variables(tree)
+        if param is None or not isinstance(node, param)
         for leaf in jax.tree.leaves(node)
     }
 

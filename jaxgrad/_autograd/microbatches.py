@@ -1,5 +1,6 @@
 """Gradients of a batch as the mean over its parts, accumulated in a scan in at least float32."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxgrad._tree.flat import (
     is_array,
     is_key,
 )
-from jaxgrad._tree.select import merge
+from jaxgrad._tree.merge import merge
 
 
 def accumulate(
@@ -72,7 +73,7 @@ def _microbatches(args: tuple, kwargs: dict, parts: int) -> tuple[PyTree, PyTree
             + (f": {listed(map(repr, whole))} would go to each part whole" if whole else "")
             + ". Pass the batch by position: loss_and_grad(params, batch)."
         )
-    return halves(flat._replace(leaves=leaves), differs)
+    return halves(dataclasses.replace(flat, leaves=leaves), differs)
 
 
 def _wide(dtype: Any) -> Any:

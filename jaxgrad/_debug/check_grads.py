@@ -17,14 +17,14 @@ import numpy as np
 from jax.extend import core as jex
 
 from jaxgrad._autograd.grad import grad
-from jaxgrad._autograd.loss import GradientError, split_for_grad
+from jaxgrad._autograd.loss import GradientError, differentiable
 from jaxgrad._jaxpr.dataflow import depending, reads
 from jaxgrad._jaxpr.inline import inline
 from jaxgrad._jaxpr.source import aval
 from jaxgrad._jaxpr.views import bodies
 from jaxgrad._text import listed
 from jaxgrad._tree.flat import PyTree, flatten, is_array, is_hole
-from jaxgrad._tree.select import merge
+from jaxgrad._tree.merge import merge
 from jaxgrad._tree.wrt import Wrt
 
 
@@ -145,7 +145,7 @@ def check_grads(
     key = jax.random.key(0) if key is None else key
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         params, args, kwargs = (_doubled(tree) for tree in (params, args, kwargs))
-        selected, rest = split_for_grad(params, wrt)
+        selected, rest = differentiable(params, wrt).split(params)
         others = flatten((rest, args, kwargs))
         # As arguments: XLA spends seconds on folding constants of this size.
         arrays = {i: leaf for i, leaf in enumerate(others.leaves) if hasattr(leaf, "dtype")}

@@ -19,7 +19,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 
 from jaxgrad._text import spec
 from jaxgrad._tree.flat import PyTree, flatten, is_array, is_key
-from jaxgrad._tree.wrt import SelectionError, match
+from jaxgrad._tree.selection import SelectionError
+from jaxgrad._tree.wrt import match
 
 Rules: TypeAlias = Literal["data", "fsdp"] | Mapping[str, PartitionSpec]
 ShardingOf: TypeAlias = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]

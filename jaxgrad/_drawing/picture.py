@@ -22,7 +22,8 @@ from jaxgrad._staging.split import split
 from jaxgrad._staging.traced_loss import Loss
 from jaxgrad._tree.flat import PyTree, flatten, is_array
 from jaxgrad._tree.select import select
-from jaxgrad._tree.wrt import Wrt, match
+from jaxgrad._tree.selection import Selection
+from jaxgrad._tree.wrt import Wrt
 
 _MANY = 60  # more equations than one can look at
 
@@ -176,12 +177,11 @@ def graph(
     """
     if depth is not None and depth < 0:
         raise ValueError(f"depth={depth}; it is 0 for operations, or a number of modules.")
-    if wrt is not None:
-        select(params, wrt)
+    selection = None if wrt is None else select(params, wrt)
     traced = trace(fun, params, *args)
-    flat = flatten(params)
+    flat = flatten(params) if selection is None else selection.named(params)
     paths = [p for p, leaf in zip(flat.paths, flat.leaves, strict=True) if is_array(leaf)]
-    marks = [False] * len(flat.leaves) if wrt is None else match(flat, wrt)
+    marks = [False] * len(flat.leaves) if selection is None else selection.flags
     chosen = [c for c, leaf in zip(marks, flat.leaves, strict=True) if is_array(leaf)]
     given = sum(name.startswith("closed over/") for name in traced.inputs)
     invars = traced.jaxpr.invars
@@ -189,8 +189,10 @@ def graph(
     data = dict(zip(invars[given + len(paths) :], traced.inputs[given + len(paths) :], strict=True))
     named = dict(zip(params_vars, (p or "params" for p in paths), strict=True))
     trained = frozenset(v for v, c in zip(params_vars, chosen, strict=True) if c)
-    staged = frozenset() if wrt is None else _staged(fun, params, args, wrt, traced.jaxpr, trained)
-    inputs = Inputs(named, data, None if wrt is None else trained, staged)
+    staged = frozenset()
+    if selection is not None:
+        staged = _staged(fun, params, args, selection, traced.jaxpr, trained)
+    inputs = Inputs(named, data, None if selection is None else trained, staged)
     if depth is None:
         depth = 0 if len(traced.equations) <= _MANY else 1
     drawn = diagram(traced.jaxpr, inputs, depth)
@@ -201,7 +203,7 @@ def _staged(
     fun: Callable[..., Any],
     params: PyTree,
     args: tuple[Any, ...],
-    wrt: Wrt,
+    selection: Selection,
     jaxpr: jex.Jaxpr,
     trained: frozenset[jex.Var],
 ) -> frozenset[jex.Var]:
@@ -213,8 +215,8 @@ def _staged(
     if len(sizes) != 1 or sizes < {(), (0,), (1,)}:
         return frozenset()  # no batch, or one of no or one row, in which rows can't be told
     ((rows,),) = sizes
-    flat = flatten(params)
-    cut = split(Loss(fun, flat, match(flat, wrt), args[0], args[1:]), rows)
+    source = Loss(fun, selection.named(params), selection.flags, args[0], args[1:])
+    cut = split(source, rows)
     moving = cut.program.depending([*cut.program.trainable, *cut.program.vary])
     theirs = [e for e in cut.program.jaxpr.eqns if not moving.intersection(e.outvars)]
     ours, bright = [], set(trained)

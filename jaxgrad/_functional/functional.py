@@ -19,7 +19,8 @@ import jax.numpy as jnp
 
 from jaxgrad._text import listed
 from jaxgrad._tree.flat import Flat, PyTree, check_same_structure, flatten, is_hole, is_key
-from jaxgrad._tree.wrt import SelectionError, Wrt, match
+from jaxgrad._tree.selection import SelectionError
+from jaxgrad._tree.wrt import Wrt, match
 
 if TYPE_CHECKING:
     from flax import linen, nnx

@@ -93,7 +93,7 @@ class Graph:
             SelectionError: a glob matches no input.
         """
         specs = [v.aval for v in self.jaxpr.invars]
-        chosen = match(Flat(list(self.inputs), specs, None), wrt)
+        chosen = match(Flat(specs, None, list(self.inputs)), wrt)
         inputs = (v for v, c in zip(self.jaxpr.invars, chosen, strict=True) if c)
         reached = depending(self.jaxpr.eqns, inputs)
         pairs = zip(self.jaxpr.eqns, self.equations, strict=True)

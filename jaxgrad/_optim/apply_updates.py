@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgrad._text import spec
-from jaxgrad._tree.flat import PyTree, check_same_structure, flatten, is_hole
+from jaxgrad._tree.flat import Flat, PyTree, check_same_structure, flatten, is_hole
 from jaxgrad._tree.select import refuse_tied
 
 T = TypeVar("T")
@@ -45,24 +45,23 @@ def apply_updates(params: T, updates: PyTree) -> T:
     refuse_tied(params)
     p, u = flatten(params), flatten(updates)
     check_same_structure(p, u, "params", "updates", UpdateError)
-    return p.treedef.unflatten(
-        [_apply(*place) for place in zip(p.paths, p.leaves, u.leaves, strict=True)]
-    )
+    return p.treedef.unflatten([_apply(p, i, update) for i, update in enumerate(u.leaves)])
 
 
-def _apply(path: str, param: Any, update: Any) -> Any:
+def _apply(params: Flat, i: int, update: Any) -> Any:
+    param = params.leaves[i]
     if is_hole(update):
         return param
     if is_hole(param):
         raise UpdateError(
-            f"there is an update for '{path}' and no parameter. Apply updates to the tree that "
-            "the gradients were taken in."
+            f"there is an update for '{params.paths[i]}' and no parameter. Apply updates to the "
+            "tree that the gradients were taken in."
         )
     if jnp.result_type(update) == jax.dtypes.float0:  # what jax.grad has for an integer
         return param
     if jnp.shape(param) != jnp.shape(update):
         raise UpdateError(
-            f"the update for '{path}' is {spec(update)}, the parameter {spec(param)}."
+            f"the update for '{params.paths[i]}' is {spec(update)}, the parameter {spec(param)}."
         )
     # As optax.apply_updates does: add in the wider dtype, return the parameter's.
     with jax.numpy_dtype_promotion("standard"):

@@ -24,6 +24,7 @@ from jaxgrad._text import count, listed, nbytes, numel, size, spec
 from jaxgrad._tree.flat import (
     Flat,
     PyTree,
+    abstract,
     check_same_structure,
     flatten,
     halves,
@@ -32,7 +33,8 @@ from jaxgrad._tree.flat import (
     paths,
 )
 from jaxgrad._tree.select import refuse_tied
-from jaxgrad._tree.wrt import SelectionError, Wrt, match
+from jaxgrad._tree.selection import Selection, SelectionError
+from jaxgrad._tree.wrt import Wrt, match
 
 Groups: TypeAlias = (
     Mapping[str, optax.GradientTransformation] | Iterable[tuple[Wrt, optax.GradientTransformation]]
@@ -52,12 +54,12 @@ class Assignment:
     Attributes:
         groups: the leaves of each group by path, by the name of the group.
         frozen: the leaves that no group takes, by path.
-        wrt: the boolean tree of the leaves that some group takes, a `wrt` for everything else.
+        wrt: the leaves that some group takes, as a `Selection`.
     """
 
     groups: Mapping[str, Mapping[str, Any]]
     frozen: Mapping[str, Any]
-    wrt: PyTree
+    wrt: Selection
 
     def __repr__(self) -> str:
         lines = []
@@ -130,13 +132,11 @@ class ParamGroups(optax.GradientTransformationExtraArgs):
         for path, leaf, owner in zip(flat.paths, flat.leaves, owners, strict=True):
             if is_array(leaf):
                 taken[-1 if owner is None else owner][path] = leaf
-        mask = [
-            None if is_hole(x) else o is not None for x, o in zip(flat.leaves, owners, strict=True)
-        ]
+        mask = [o is not None for o in owners]
         return Assignment(
             dict(zip(_names(self.groups), taken, strict=False)),
             taken[-1],
-            flat.treedef.unflatten(mask),
+            Selection(abstract(flat), tuple(mask)),
         )
 
 

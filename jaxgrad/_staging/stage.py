@@ -35,9 +35,9 @@ from jaxgrad._staging.report import Report, report
 from jaxgrad._staging.split import Split, split
 from jaxgrad._staging.traced_loss import Loss
 from jaxgrad._staging.two_traces import Misaligned
-from jaxgrad._tree.flat import Flat, PyTree, check_same_structure, flatten
+from jaxgrad._tree.flat import PyTree, check_same_structure, flatten
 from jaxgrad._tree.select import select
-from jaxgrad._tree.wrt import Wrt, match
+from jaxgrad._tree.wrt import Wrt
 
 
 def stage(
@@ -92,10 +92,9 @@ def stage(
 
     Source: what a PyTorch user writes by hand as `with torch.no_grad(): features = backbone(x)`.
     """
-    flat = flatten(params)
-    select(params, wrt)  # for its errors
+    selection = select(params, wrt)
     rows = _rows(batch)
-    source = Loss(loss, flat, match(flat, wrt), _bare(batch), vary)
+    source = Loss(loss, selection.named(params), selection.flags, _bare(batch), vary)
     try:
         # With one row, what is summed over the batch looks like what is not.
         plan = _Plan(source, split(source, max(rows, 2)))
@@ -265,7 +264,7 @@ class _Plan:
         source = self.source
         flat = flatten(trainable)
         check_same_structure(
-            Flat(source.params.paths, [], source.params.treedef),
+            source.params,
             flat,
             "the tree that was staged",
             "trainable",

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxgrad._autograd.loss import split_for_grad
+from jaxgrad._autograd.loss import differentiable
 from jaxgrad._checkpoint.run import Checkpoints, Run
 from jaxgrad._devices.placement import Placement, Rules, placement
 from jaxgrad._devices.processes import of_all
@@ -42,10 +42,11 @@ from jaxgrad._training.resume import (
 from jaxgrad._training.state import Callback, NonFiniteLossError, StopTraining, TrainState
 from jaxgrad._training.steps import compile_steps
 from jaxgrad._training.streamed import Position, is_stream, stream
-from jaxgrad._tree.flat import PyTree, paths
+from jaxgrad._tree.flat import PyTree
+from jaxgrad._tree.merge import merge
 from jaxgrad._tree.rows import rows_of
-from jaxgrad._tree.select import merge
-from jaxgrad._tree.wrt import SelectionError, Wrt
+from jaxgrad._tree.selection import Selection, SelectionError
+from jaxgrad._tree.wrt import Wrt
 
 # Steps in a call, at most: a progress bar moves between calls, and a signal is looked at.
 _CALL = 256
@@ -155,7 +156,7 @@ def fit(
     streams = is_stream(dataset)
     rows, batch_size = (0, 0) if streams else (rows_of(dataset), batch_size)
     place = placement(mesh, sharding, params, batch_size)
-    wrt = _wrt_of(tx, params) if wrt is None else wrt
+    selection = differentiable(params, _wrt_of(tx, params) if wrt is None else wrt)
     noise = place.put(key) if _takes_key(loss, key) else None
     extra = {} if noise is None else {"key": noise}
     settings = {"rows": rows, "batch_size": batch_size, "key": _key_data(key)}
@@ -163,15 +164,14 @@ def fit(
     with contextlib.ExitStack() as stack:
         run = _open(checkpoint, resume, place, stack)
         signals = stack.enter_context(caught_signals(run is not None))
-        begun, was_staged, position = _begin(run, params, wrt, tx, place, settings)
+        begun, was_staged, position = _begin(run, params, selection, tx, place, settings)
         done, resumed = begun.step, begun.resumed
-        trainable, rest = split_for_grad(begun.params, wrt)
-        trained = paths(trainable)
+        trainable, rest = selection.split(begun.params)
         if run:
             run.keep_frozen(rest)
         ask = was_staged if stage and not streams else False
         plan = make_plan(
-            loss, begun.params, wrt, dataset, batch_size, extra, epochs, ask, progress, place
+            loss, begun.params, selection, dataset, batch_size, extra, epochs, ask, progress, place
         )
         log = Log(done, begun.losses, [*begun.history], position)
         # A call takes over the buffers it is given, and these are the caller's. Some optimizers
@@ -197,7 +197,7 @@ def fit(
                 tree = {"trained": carry[0], "opt_state": carry[1], "losses": log.losses}
                 history = [*log.history]  # it is written while the run goes on
                 record = {"step": log.step, "history": history, "settings": settings}
-                record |= {"trained": trained, "staged": plan.staged}
+                record |= {"trained": selection.paths, "staged": plan.staged}
                 record |= {"positions": of_all(log.position)}
                 run.save(_copied(tree), record)
 
@@ -250,7 +250,7 @@ def _open(
 def _begin(
     run: Run | None,
     params: PyTree,
-    wrt: Wrt,
+    selection: Selection,
     tx: optax.GradientTransformation,
     place: Placement,
     settings: dict[str, Any],
@@ -259,19 +259,19 @@ def _begin(
     params = place.put(params)
     saved = run.newest() if run else None
     if run is None or saved is None:
-        trainable, _ = split_for_grad(params, wrt)
+        trainable, _ = selection.split(params)
         opt_state = place.init(tx, trainable)
         begun = TrainState(params, opt_state, 0, np.zeros(0, np.float32), (), "")
         return begun, None, Position()
     where = str(run.root)
     refuse_other_settings(saved, settings, where)
     params = place.put(restore_params(saved, params, where))
-    trainable, _ = split_for_grad(params, wrt)
+    trainable, _ = selection.split(params)
     opt_state, line = restore_opt_state(saved, place.init(tx, trainable), trainable)
     history = tuple(saved.record["history"])
     step = saved.record["step"]
     # With other leaves frozen, whether to stage is a new question.
-    staged = saved.record["staged"] if paths(trainable) == saved.record["trained"] else None
+    staged = saved.record["staged"] if selection.paths == saved.record["trained"] else None
     begun = TrainState(params, opt_state, step, saved.losses, history, "", line)
     return begun, staged, position_of(saved, where)
 

@@ -14,9 +14,9 @@ from jaxgrad._staging.stage import Staged, StageError
 from jaxgrad._staging.stage import stage as stage_loss
 from jaxgrad._text import count, size
 from jaxgrad._tree.flat import PyTree, flatten, halves, is_array
+from jaxgrad._tree.merge import merge
 from jaxgrad._tree.rows import rows_of
-from jaxgrad._tree.select import merge, partition, select
-from jaxgrad._tree.wrt import Wrt
+from jaxgrad._tree.selection import Selection
 
 
 class Plan(NamedTuple):
@@ -32,7 +32,7 @@ class Plan(NamedTuple):
 def make_plan(
     loss: Callable[..., Any],
     params: PyTree,
-    wrt: Wrt,
+    selection: Selection,
     dataset: PyTree,
     batch_size: int,
     extra: Mapping[str, Any],
@@ -42,19 +42,21 @@ def make_plan(
     place: Placement,
 ) -> Plan:
     """The plan of a training; `stage` is `None` for where it pays, else what to do if one can."""
-    plan = _unstaged(loss, params, wrt, dataset)
+    plan = _unstaged(loss, params, selection, dataset)
     if stage is False or not epochs or not jax.tree.leaves(plan.held):
         return plan
     batch = _abstract(dataset, min(batch_size, rows_of(dataset)))
     return _staged(
-        plan, loss, params, wrt, dataset, batch, extra, epochs, stage is None, progress, place
+        plan, loss, params, selection, dataset, batch, extra, epochs, stage is None, progress, place
     )
 
 
-def _unstaged(loss: Callable[..., Any], params: PyTree, wrt: Wrt, dataset: PyTree) -> Plan:
-    flat = flatten(partition(params, wrt)[1])
+def _unstaged(
+    loss: Callable[..., Any], params: PyTree, selection: Selection, dataset: PyTree
+) -> Plan:
+    flat = flatten(selection.split(params)[1])
     frozen, static = halves(flat, [is_array(leaf) for leaf in flat.leaves])
-    differentiate = value_and_grad(loss, wrt=select(params, wrt))
+    differentiate = value_and_grad(loss, wrt=selection)
 
     def objective(trainable: PyTree, frozen: PyTree, batch: PyTree, **extra: Any) -> Any:
         return differentiate(merge(trainable, frozen, static), batch, **extra)
@@ -66,7 +68,7 @@ def _staged(
     unstaged: Plan,
     loss: Callable[..., Any],
     params: PyTree,
-    wrt: Wrt,
+    selection: Selection,
     dataset: PyTree,
     batch: PyTree,
     extra: Mapping[str, Any],
@@ -86,7 +88,7 @@ def _staged(
 
     on_mesh = isinstance(place, OnMesh)  # rows come from the host there
     try:
-        staged = stage_loss(positional, params, batch, wrt, vary=tuple(extra.values()))
+        staged = stage_loss(positional, params, batch, selection, vary=tuple(extra.values()))
         report, rows = staged.report(), rows_of(dataset)
         gain, need = report.gain(rows, epochs), rows * report.nbytes
         if not report.staged:

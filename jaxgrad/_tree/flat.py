@@ -5,13 +5,16 @@ its leaves change. The hole that a leaf leaves in the other half is `None`, whic
 empty subtree: `jax.grad`, `jax.jit` and Optax then do no work for it at all.
 """
 
+import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 
 from jaxgrad._text import count, listed
 from jaxgrad._tree.nnx import nnx_types
+from jaxgrad._tree.pattern import leaf_name
 
 PyTree: TypeAlias = Any
 
@@ -34,12 +37,35 @@ class Absent:
         return "<None in the original>"
 
 
-class Flat(NamedTuple):
-    """A tree's leaves and holes in order: `treedef.unflatten(leaves)` is the tree."""
+@dataclasses.dataclass(frozen=True)
+class Flat:
+    """A tree's leaves and holes in order: `treedef.unflatten(leaves)` is the tree.
 
-    paths: list[str]
+    The paths are computed when they are first asked for: naming the leaves takes far longer than
+    taking the tree apart, and most calls never name one.
+    """
+
     leaves: list[Any]
     treedef: Any
+    named: list[str] | None = None
+
+    @functools.cached_property
+    def paths(self) -> list[str]:
+        if self.named is not None:
+            return self.named
+        variable = nnx_types("Variable")
+        nodes, _ = jax.tree_util.tree_flatten_with_path(
+            self.treedef.unflatten(self.leaves),
+            is_leaf=lambda x: is_hole(x) or isinstance(x, variable),
+        )
+        names = []
+        for path, node in nodes:
+            if isinstance(node, variable):  # its value goes by the Variable's path
+                inner, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_hole)
+                names += [leaf_name((*path, *rest)) for (_, *rest), _ in inner]
+            else:
+                names.append(leaf_name(path))
+        return names
 
 
 def is_hole(x: Any) -> bool:
@@ -58,21 +84,21 @@ def is_key(x: Any) -> bool:
 
 
 def flatten(tree: PyTree) -> Flat:
-    """Flattens a tree with holes as leaves; an NNX Variable's value goes by the Variable's path."""
-    variable = nnx_types("Variable")
-    nodes, _ = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda x: is_hole(x) or isinstance(x, variable)
-    )
-    paths, leaves = [], []
-    for path, node in nodes:
-        if isinstance(node, variable):
-            inner, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_hole)
-            paths += [leaf_name((*path, *rest)) for (_, *rest), _ in inner]
-            leaves += [leaf for _, leaf in inner]
-        else:
-            paths.append(leaf_name(path))
-            leaves.append(node)
-    return Flat(paths, leaves, jax.tree.structure(tree, is_leaf=is_hole))
+    """Flattens a tree with holes as leaves."""
+    return Flat(*jax.tree.flatten(tree, is_leaf=is_hole))
+
+
+def variables(tree: PyTree, kind: str = "Variable") -> list[tuple[str, Any]]:
+    """The NNX Variables of a kind among the nodes of a tree, by path."""
+    kinds = nnx_types(kind)
+
+    def stop(node: Any) -> bool:
+        return isinstance(node, kinds)
+
+    if not any(map(stop, jax.tree.leaves(tree, is_leaf=stop))):
+        return []
+    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)
+    return [(leaf_name(path), node) for path, node in nodes if stop(node)]
 
 
 def paths(tree: PyTree) -> list[str]:
@@ -108,6 +134,18 @@ def halves(flat: Flat, chosen: Sequence[bool]) -> tuple[PyTree, PyTree]:
     return flat.treedef.unflatten(selected), flat.treedef.unflatten(rest)
 
 
+def abstract(flat: Flat) -> Flat:
+    """The same leaves by their shapes and dtypes alone."""
+
+    def of(leaf: Any) -> Any:
+        if is_hole(leaf) or not is_array(leaf):
+            return leaf
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else jax.numpy.result_type(leaf)
+        return jax.ShapeDtypeStruct(jax.numpy.shape(leaf), dtype)
+
+    return Flat([of(leaf) for leaf in flat.leaves], flat.treedef, flat.paths)
+
+
 def check_same_structure(
     a: Flat, b: Flat, a_name: str, b_name: str, error: type[ValueError]
 ) -> None:
@@ -124,7 +162,3 @@ def check_same_structure(
         f"{a_name} and {b_name} have the same paths but other containers: "
         f"{a.treedef} against {b.treedef}. Build both from one tree."
     )
-
-
-def leaf_name(path: Sequence[Any]) -> str:
-    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")

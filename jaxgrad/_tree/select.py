@@ -1,44 +1,17 @@
-"""Which leaves: from a `wrt` to a boolean tree, and from that to two halves of a tree.
+"""Which leaves: a `wrt` resolved against a tree, and the tree split by it."""
 
-PyTorch keeps `requires_grad` on the tensor, so what is trained is spread over the model's
-state. Here it is one value, `wrt`, that is given to whatever needs it. A tree is taken apart
-by the *position* of its leaves and named by their paths; neither the tree nor its leaves
-change, so the same `wrt` serves gradients, optimizers, staging and checkpoints.
-
-The hole that a leaf leaves in the other half is `None`, which JAX reads as an empty subtree:
-`jax.grad`, `jax.jit` and Optax then do no work for it at all.
-"""
-
+import dataclasses
 from typing import TypeVar
 
-import jax
-
-from jaxgrad._text import count, listed
-from jaxgrad._tree.flat import (
-    Absent,
-    Flat,
-    PyTree,
-    check_same_structure,
-    flatten,
-    halves,
-    is_array,
-    is_hole,
-    leaf_name,
-)
-from jaxgrad._tree.nnx import nnx_types
-from jaxgrad._tree.wrt import SelectionError, Wrt, listed_paths, match
+from jaxgrad._tree.flat import Flat, PyTree, abstract, flatten, is_array, variables
+from jaxgrad._tree.selection import Selection, SelectionError
+from jaxgrad._tree.wrt import Wrt, listed_paths, match
 
 T = TypeVar("T")
 
 
-class MergeError(ValueError):
-    """Halves that do not make up one tree: the message names the paths at fault."""
-
-    __module__ = "jaxgrad"
-
-
-def select(tree: T, wrt: Wrt) -> T:
-    """Returns the boolean tree that says which leaves `wrt` selects.
+def select(tree: PyTree, wrt: Wrt) -> Selection:
+    """Returns which leaves `wrt` selects, as a value that every other function takes for a `wrt`.
 
     Args:
         tree: any pytree: a Linen dict, an NNX State or module, an Equinox module, a dataclass,
@@ -46,42 +19,49 @@ def select(tree: T, wrt: Wrt) -> T:
         wrt: one of
 
             - a glob over paths: `*` matches within a level, `**` across levels (none included),
-              `?` one character, `[ab]` one of a set; `"!embed/**"` excludes: everything but;
-            - a list of globs: the leaves that one of them matches (all leaves, where the list
+              `?` one character, `[ab]` one of a set. A glob takes the leaves that it matches and
+              everything below the nodes that it matches: `"head"` is `"head/**"`. A glob that is
+              literally a path of the tree (`"w[0]"`) means that path. `"!embed"` excludes:
+              everything but;
+            - a list of globs: the leaves that one of them matches (all leaves, if the list
               only excludes) and that no exclusion matches;
             - a predicate `(path, leaf) -> bool`;
-            - a tree of booleans: each decides its own path and all below it.
+            - a tree of booleans: each decides its own path and all below it;
+            - a `Selection`, for a tree with the same paths.
 
-            A leaf that is no array (a function in an Equinox module) is never selected.
+            A leaf that is not an array (a function in an Equinox module) is never selected.
 
     Returns:
-        A tree of `bool` of the structure of `tree`; its holes stay holes.
+        A `Selection`. Its repr says how much is selected of how much, `.paths` which leaves,
+        `.mask` is the tree of booleans.
 
     Raises:
-        SelectionError: a pattern matches no leaf (the nearest paths are named), nothing is
-            selected, a boolean tree does not fit, or an NNX parameter is tied: it stands at two
-            paths, whose copies would each get a part of the gradient. A module that is itself an
-            argument of `jax.jit` has lost its ties before anything can see them: tied models
-            take `functional`.
+        SelectionError: a pattern matches no leaf (the message names the nearest paths), nothing is
+            selected, a boolean tree or a `Selection` does not fit, or an NNX parameter is tied: it
+            stands at two paths, and each copy would get a part of the gradient. A module that is
+            itself an argument of `jax.jit` has lost its ties before anything can see them: pass
+            tied models through `functional`.
 
     Example:
         >>> import jax.numpy as jnp, jaxgrad as jg
         >>> head = {"bias": jnp.zeros(2), "kernel": jnp.ones((3, 2))}
-        >>> params = {"head": head, "trunk": jnp.ones(3)}
-        >>> jg.select(params, ["head/**", "!**/bias"])
-        {'head': {'bias': False, 'kernel': True}, 'trunk': False}
-        >>> jg.select(params, lambda path, leaf: leaf.ndim == 1)
+        >>> params = {"head": head, "trunk": jnp.ones(4)}
+        >>> jg.select(params, "head")
+        <Selection: 8 of 12 elements (66.7%), in 2 of 3 leaves>
+        >>> jg.select(params, ["head", "!**/bias"]).paths
+        ['head/kernel']
+        >>> jg.select(params, lambda path, leaf: leaf.ndim == 1).mask
         {'head': {'bias': True, 'kernel': False}, 'trunk': True}
-        >>> jg.select(params, {"head": True, "trunk": False})
+        >>> jg.select(params, {"head": True, "trunk": False}).mask
         {'head': {'bias': True, 'kernel': True}, 'trunk': False}
 
     Source: `for p in module.parameters(): p.requires_grad_(...)`.
     """
-    flat, chosen = _select(tree, wrt)
-    holes = (is_hole(leaf) for leaf in flat.leaves)
-    return flat.treedef.unflatten(
-        [leaf if hole else c for leaf, hole, c in zip(flat.leaves, holes, chosen, strict=True)]
-    )
+    refuse_tied(tree)
+    flat = flatten(tree)
+    if isinstance(wrt, Selection) and wrt.flat.treedef == flat.treedef:
+        flat = dataclasses.replace(flat, named=wrt.flat.paths)
+    return resolve(flat, wrt)
 
 
 def partition(tree: T, wrt: Wrt) -> tuple[T, T]:
@@ -105,84 +85,25 @@ def partition(tree: T, wrt: Wrt) -> tuple[T, T]:
 
     Source: Equinox's `partition`, by path.
     """
-    return halves(*_select(tree, wrt))
+    return select(tree, wrt).split(tree)
 
 
-def merge(*trees: T) -> T:
-    """Puts the halves of a tree together again.
-
-    Args:
-        *trees: trees of one structure; each leaf is in exactly one of them, and a hole in
-            all others.
-
-    Returns:
-        The tree of all leaves.
-
-    Raises:
-        MergeError: the structures differ, a leaf is in two trees, or in none.
-
-    Example:
-        >>> import jaxgrad as jg
-        >>> jg.merge({"head": 1.0, "trunk": None}, {"head": None, "trunk": 2.0})
-        {'head': 1.0, 'trunk': 2.0}
-        >>> jg.merge({"head": 1.0, "trunk": None}, {"head": 3.0, "trunk": 2.0})
-        Traceback (most recent call last):
-            ...
-        jaxgrad.MergeError: 1 leaf is in more than one tree: 'head' (in trees 0 and 1). ...
-
-    Source: Equinox's `combine`, which lets the first of two leaves win unseen.
-    """
-    if not trees:
-        raise TypeError("merge() needs at least one tree")
-    flats = [flatten(tree) for tree in trees]
-    for i, flat in enumerate(flats[1:], 1):
-        check_same_structure(flats[0], flat, "tree 0", f"tree {i}", MergeError)
-    first = flats[0]
-    merged, twice, missing = [], [], []
-    for path, *column in zip(first.paths, *(flat.leaves for flat in flats), strict=True):
-        found = [i for i, leaf in enumerate(column) if not is_hole(leaf)]
-        if len(found) > 1:
-            twice.append(f"'{path}' (in trees {' and '.join(map(str, found))})")
-        elif not found and not any(isinstance(leaf, Absent) for leaf in column):
-            missing.append(f"'{path}'")
-        merged.append(column[found[0]] if found else None)
-    if twice:
-        raise MergeError(
-            f"{count(twice, 'leaf')} in more than one tree: {listed(twice)}. "
-            "Halves that were split by the same `wrt` do not overlap."
-        )
-    if missing:
-        raise MergeError(
-            f"{count(missing, 'leaf')} in none of the {len(trees)} trees: {listed(missing)}. "
-            "Pass every half; where None is the value meant, take the halves from `partition`."
-        )
-    return first.treedef.unflatten(merged)
-
-
-def _select(tree: PyTree, wrt: Wrt) -> tuple[Flat, list[bool]]:
-    refuse_tied(tree)
-    flat = flatten(tree)
-    chosen = match(flat, wrt)
-    if not any(c and is_array(leaf) for c, leaf in zip(chosen, flat.leaves, strict=True)):
+def resolve(flat: Flat, wrt: Wrt) -> Selection:
+    """`select` in a tree that is taken apart, tied parameters or not."""
+    flags = match(flat, wrt)
+    if not any(flag and is_array(leaf) for flag, leaf in zip(flags, flat.leaves, strict=True)):
         what = "a predicate" if callable(wrt) else repr(wrt)
         raise SelectionError(
             f"wrt selects no leaf: {what}. Nothing would be differentiated or trained. "
             f"The tree's paths: {listed_paths(flat)}."
         )
-    return flat, chosen
+    return Selection(abstract(flat), tuple(flags))
 
 
 def refuse_tied(tree: PyTree) -> None:
     """Raises where one NNX variable stands at two paths."""
-    variable = nnx_types("Variable")
-    if not variable:
-        return
     seen: dict[int, str] = {}
-    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, variable))
-    for path, node in nodes:
-        if not isinstance(node, variable):
-            continue
-        name = leaf_name(path)
+    for name, node in variables(tree):
         if (first := seen.setdefault(id(node), name)) != name:
             raise SelectionError(
                 f"'{first}' and '{name}' are one tied {type(node).__name__}. Taken apart as a "

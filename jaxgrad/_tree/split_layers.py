@@ -13,19 +13,20 @@ from typing import TypeVar
 import jax.numpy as jnp
 
 from jaxgrad._text import spec
-from jaxgrad._tree.flat import PyTree, flatten
-from jaxgrad._tree.select import refuse_tied
-from jaxgrad._tree.wrt import SelectionError, Wrt, match
+from jaxgrad._tree.flat import PyTree
+from jaxgrad._tree.select import select
+from jaxgrad._tree.selection import SelectionError
+from jaxgrad._tree.wrt import Wrt
 
 T = TypeVar("T")
 
 
-def split_layers(params: T, stacks: Wrt, *, last: int) -> tuple[PyTree, Callable[[PyTree], T]]:
+def split_layers(params: T, wrt: Wrt, *, last: int) -> tuple[PyTree, Callable[[PyTree], T]]:
     """Takes stacked layers apart, so that `wrt` can tell the last ones from those before them.
 
     Args:
         params: any pytree.
-        stacks: the leaves with layers along their first axis, all of one length; see `select`.
+        wrt: the leaves with layers along their first axis, all of one length; see `select`.
         last: how many layers to split off, at least one and not all.
 
     Returns:
@@ -54,9 +55,8 @@ def split_layers(params: T, stacks: Wrt, *, last: int) -> tuple[PyTree, Callable
 
     Source: `for block in model.blocks[:-2]: block.requires_grad_(False)`.
     """
-    refuse_tied(params)
-    flat = flatten(params)
-    chosen = match(flat, stacks)
+    selection = select(params, wrt)
+    flat, chosen = selection.named(params), selection.flags
     lengths = {}
     for path, leaf, c in zip(flat.paths, flat.leaves, chosen, strict=True):
         if c and jnp.ndim(leaf) == 0:
@@ -64,7 +64,7 @@ def split_layers(params: T, stacks: Wrt, *, last: int) -> tuple[PyTree, Callable
         if c:
             lengths.setdefault(len(leaf), path)
     if len(lengths) != 1:
-        found = ", ".join(f"'{path}' has {n}" for n, path in lengths.items()) or "no leaf is chosen"
+        found = ", ".join(f"'{path}' has {n}" for n, path in lengths.items())
         raise SelectionError(f"stacked layers have one number of layers; here {found}.")
     (layers,) = lengths
     if not 0 < last < layers:

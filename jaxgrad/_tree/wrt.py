@@ -1,6 +1,5 @@
 """Which leaves a `wrt` means: globs, lists, predicates, boolean trees, against a tree."""
 
-import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -10,15 +9,11 @@ import numpy as np
 
 from jaxgrad._text import listed, nearest
 from jaxgrad._tree.flat import Flat, PyTree, flatten, is_array, is_hole
+from jaxgrad._tree.pattern import matches, nodes_of
+from jaxgrad._tree.selection import Selection, SelectionError
 
-Wrt: TypeAlias = str | Sequence[str] | Callable[[str, Any], bool] | PyTree
-"""What to differentiate or train: a glob, a list of globs, a predicate, or a boolean tree."""
-
-
-class SelectionError(ValueError):
-    """A `wrt` that does not fit the tree: the message names the pattern or path, and the fix."""
-
-    __module__ = "jaxgrad"
+Wrt: TypeAlias = str | Sequence[str] | Callable[[str, Any], bool] | Selection | PyTree
+"""What to differentiate or train: glob, list of globs, predicate, tree of booleans, `Selection`."""
 
 
 # What the rest of the package builds on.
@@ -26,7 +21,9 @@ class SelectionError(ValueError):
 
 def match(flat: Flat, wrt: Wrt) -> list[bool]:
     """Which positions of a flattened tree `wrt` takes; holes count, as they once were leaves."""
-    if isinstance(wrt, str):
+    if isinstance(wrt, Selection):
+        chosen = _match_selection(flat, wrt)
+    elif isinstance(wrt, str):
         chosen = _match_globs(flat, [wrt])
     elif isinstance(wrt, list | tuple) and wrt and all(isinstance(w, str) for w in wrt):
         chosen = _match_globs(flat, wrt)
@@ -46,10 +43,9 @@ def _match_globs(flat: Flat, patterns: Sequence[str]) -> list[bool]:
     hits = {}
     for pattern in patterns:
         try:
-            regex = _regex(pattern.removeprefix("!"))
+            hits[pattern] = matches(pattern.removeprefix("!"), flat.paths)
         except re.error as e:
-            raise SelectionError(f"wrt pattern {pattern!r} is no glob: {e}.") from e
-        hits[pattern] = [regex.fullmatch(path) is not None for path in flat.paths]
+            raise SelectionError(f"wrt pattern {pattern!r} is not a valid glob: {e}.") from e
         if not any(hits[pattern]):
             raise SelectionError(_no_match(pattern, flat))
     wanted = [hits[p] for p in patterns if not p.startswith("!")] or [[True] * len(flat.paths)]
@@ -62,10 +58,7 @@ def _match_globs(flat: Flat, patterns: Sequence[str]) -> list[bool]:
 
 def _no_match(pattern: str, flat: Flat) -> str:
     bang, glob = ("!", pattern[1:]) if pattern.startswith("!") else ("", pattern)
-    parts = (path.split("/") for path in flat.paths)
-    inner = ["/".join(p[:depth]) for p in parts for depth in range(1, len(p))]
-    close = [f"{glob}/**"] if glob in inner else []
-    close += nearest(glob, [*flat.paths, *(f"{node}/**" for node in inner)])
+    close = nearest(glob.removesuffix("/**"), [*flat.paths, *sorted(nodes_of(flat.paths))])
     close = [repr(bang + c) for c in dict.fromkeys(close)]
     did_you_mean = f" Did you mean {' or '.join(close)}?" if close else ""
     return (
@@ -76,6 +69,19 @@ def _no_match(pattern: str, flat: Flat) -> str:
 
 def listed_paths(flat: Flat) -> str:
     return listed([repr(path) for path in flat.paths]) if flat.paths else "none, it has no leaf"
+
+
+def _match_selection(flat: Flat, selection: Selection) -> list[bool]:
+    if flat.treedef == selection.flat.treedef:
+        return list(selection.flags)
+    known = dict(zip(selection.flat.paths, selection.flags, strict=True))
+    arrays = [p for p, x in zip(flat.paths, flat.leaves, strict=True) if is_array(x)]
+    if unknown := [repr(path) for path in arrays if path not in known]:
+        raise SelectionError(
+            f"the selection was made for another tree: it knows nothing about {listed(unknown)}. "
+            "Select in this tree: jaxgrad.select(tree, wrt)."
+        )
+    return [known.get(path, False) for path in flat.paths]
 
 
 def _match_prefix(flat: Flat, mask: Flat) -> list[bool]:
@@ -114,32 +120,3 @@ def _decision(answer: Any, path: str) -> bool:
         f"wrt answers {answer!r} for '{path}', and only True or False will do. Decide by path, "
         "shape and dtype, which are known under jit; the values of a leaf are not."
     )
-
-
-@functools.lru_cache(maxsize=1024)
-def _regex(glob: str) -> re.Pattern[str]:
-    """A glob as a regular expression; `a/**` takes `a` itself too, `**/a` takes a top-level `a`."""
-    *parents, last = glob.split("/")
-    head = "".join("(?:.*/)?" if part == "**" else _segment(part) + "/" for part in parents)
-    if last != "**":
-        return re.compile(head + _segment(last))
-    if not head:
-        return re.compile(".*")
-    return re.compile(f"{head[:-1]}(?:/.*)?" if head.endswith("/") else f"{head}.*")
-
-
-def _segment(part: str) -> str:
-    tokens = re.findall(r"\*+|\?|\[!?\]?[^\]]*\]|.", part)
-    return "".join(_token(token) for token in tokens)
-
-
-def _token(token: str) -> str:
-    if token.startswith("*"):
-        return "[^/]*"
-    if token == "?":
-        return "[^/]"
-    if len(token) > 2 and token[0] == "[":
-        negated = token[1] == "!"
-        members = re.sub(r"([\\\[\]^&~|])", r"\\\1", token[1 + negated : -1])
-        return f"(?!/)[{'^' * negated}{members}]"
-    return re.escape(token)

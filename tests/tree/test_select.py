@@ -76,7 +76,9 @@ class Pair:
 )
 def test_every_kind_of_wrt(wrt, expected):
     assert chosen(TREE, wrt) == expected
-    assert chosen(TREE, jg.select(TREE, wrt)) == expected  # a mask is a wrt again
+    selection = jg.select(TREE, wrt)
+    assert selection.paths == expected
+    assert chosen(TREE, selection) == chosen(TREE, selection.mask) == expected  # each is a wrt
 
 
 @pytest.mark.parametrize(
@@ -89,9 +91,17 @@ def test_every_kind_of_wrt(wrt, expected):
         ("a/**/b", "a/b", True),
         ("a/**/b", "a/x/y/b", True),
         ("a/**/b", "axb", False),
-        ("*", "a/b", False),
+        ("*", "a/b", True),  # below a node that it matches
         ("a**", "abc", True),
-        ("a**", "ab/c", False),
+        ("a**", "ab/c", True),
+        ("a**", "b/ac", False),
+        ("head", "head/kernel", True),
+        ("head", "header/kernel", False),
+        ("**/bias", "a/bias/b", True),
+        ("a[0]", "a[0]", True),  # literally
+        ("a[0]", "a[0]/b", True),
+        ("a[0]", "a0", True),
+        ("a*", "a*", True),
         ("a[[]0]", "a[0]", True),
         ("a.b", "axb", False),
         ("a?b", "a/b", False),
@@ -175,7 +185,7 @@ def test_what_is_no_array_is_never_selected():
 
 def test_holes_stay_holes():
     half, _ = jg.partition(TREE, "head/**")
-    assert jg.select(half, "head/*") == {
+    assert jg.select(half, "head/*").mask == {
         "embed": {"kernel": None, "bias": None},
         "layers": [{"kernel": None}, {"kernel": None, "bias": None}],
         "head": {"kernel": True, "bias": True},
@@ -226,8 +236,8 @@ def test_a_mask_is_a_wrt(tree, data):
     if len(names) != len(set(names)) or not names or any(n.startswith("/") for n in names):
         return  # keys with slashes may give two leaves one path
     wanted = data.draw(st.sets(st.sampled_from(names), min_size=1))
-    mask = jg.select(tree, lambda path, leaf: path in wanted)
-    assert set(chosen(tree, mask)) == wanted
+    selection = jg.select(tree, lambda path, leaf: path in wanted)
+    assert set(chosen(tree, selection)) == set(chosen(tree, selection.mask)) == wanted
 
 
 PATHS = (
@@ -241,12 +251,11 @@ PATHS = (
     [
         (
             "haed/**",
-            "wrt pattern 'haed/**' matches no leaf. Did you mean 'head/**' or",
+            "wrt pattern 'haed/**' matches no leaf. Did you mean 'head'",
         ),
         (
-            "head",
-            "wrt pattern 'head' matches no leaf. Did you mean 'head/**' or 'head/bias'? "
-            f"The tree's paths: {PATHS}.",
+            "haed",
+            f"wrt pattern 'haed' matches no leaf. Did you mean 'head'? The tree's paths: {PATHS}.",
         ),
         (
             ["head/**", "!hed/bias"],
@@ -274,7 +283,7 @@ PATHS = (
             "wrt, a tree of booleans, decides 'layer', which the tree has not.",
         ),
         ([], "as a tree of booleans it says nothing about 'embed/bias'"),
-        ("[z-a]", "wrt pattern '[z-a]' is no glob: bad character range z-a at position"),
+        ("[z-a]", "wrt pattern '[z-a]' is not a valid glob: bad character range z-a at position"),
     ],
 )
 def test_errors_say_what_to_do(wrt, text):

@@ -71,7 +71,7 @@ def test_the_first_layers_are_staged(monkeypatch, last):
 
 
 @pytest.mark.parametrize(
-    ("stacks", "last", "text"),
+    ("wrt", "last", "text"),
     [
         ("blocks/**", 0, "last=0 of 6 layers; it must be from 1 to 5."),
         ("blocks/**", 6, "last=6 of 6 layers; it must be from 1 to 5."),
@@ -83,14 +83,14 @@ def test_the_first_layers_are_staged(monkeypatch, last):
         (
             lambda path, leaf: False,
             1,
-            "stacked layers have one number of layers; here no leaf is chosen.",
+            "wrt selects no leaf: a predicate.",
         ),
         ("block/**", 1, "wrt pattern 'block/**' matches no leaf. Did you mean"),
     ],
 )
-def test_what_can_not_be_split(stacks, last, text):
+def test_what_can_not_be_split(wrt, last, text):
     with pytest.raises(jg.SelectionError) as info:
-        jg.split_layers(make()[1], stacks, last=last)
+        jg.split_layers(make()[1], wrt, last=last)
     assert text in str(info.value)
     with pytest.raises(jg.SelectionError, match=r"'a' is float32\[\]: it has no axis of layers"):
         jg.split_layers({"a": jnp.ones(())}, "a", last=1)
