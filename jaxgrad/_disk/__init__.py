@@ -1,4 +1,4 @@
-"""Files: atomic writes, memory maps, the safetensors format, and what is wrong with a file.
+"""Files: atomic writes, digests, memory maps, the safetensors format, and malformed files.
 
 The ground: imports nothing of jaxgrad. A new file format is a file here, with one reader and one
 writer.

@@ -1,8 +1,14 @@
-"""What is written appears whole or not at all: under another name, forced to the disk, renamed."""
+"""Atomic writes: a file or a directory appears complete or not at all.
+
+Each is written under another name beside its own, forced to the disk, and renamed. A directory
+disappears the same way: it is renamed before it is deleted. So a kill at any moment leaves nothing
+incomplete under the name that readers look for, only a temporary name, which starts with a dot.
+"""
 
 import contextlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -10,15 +16,54 @@ from typing import IO
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A new file that takes the place of `path` once it is whole and on the disk."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    """A new file that takes the place of `path` once it is complete and on the disk."""
+    new = unfinished(path)
     try:
-        with synced(temporary) as file:
+        with synced(new) as file:
             yield file
-        os.replace(temporary, path)
+        os.replace(new, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
     sync_names(path.parent)
+
+
+@contextlib.contextmanager
+def replacing_directory(path: Path, new: Path) -> Iterator[None]:
+    """Gives the directory `new`, made within the context, the name `path` once it is complete.
+
+    Args:
+        path: the name. What has it already is deleted, but only after `new` has taken it.
+        new: the name to write under, from `unfinished`. It is deleted if anything fails.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = _aside(path)
+    try:
+        yield
+        sync_names(new)
+        if path.exists():
+            path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    sync_names(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_directory(path: Path) -> None:
+    """Deletes a directory so that no part of it is ever left under its name."""
+    old = _aside(path)
+    path.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def unfinished(path: Path, token: str | None = None) -> Path:
+    """A temporary name beside `path`; processes that write it together pass the same token."""
+    return path.with_name(f".{path.name}.new-{token or secrets.token_hex(4)}")
 
 
 @contextlib.contextmanager
@@ -31,10 +76,14 @@ def synced(path: Path) -> Iterator[IO[bytes]]:
 
 
 def sync_names(directory: Path) -> None:
-    """Forces to the disk which names a directory has: a renaming lies there, not in the file."""
+    """Forces the names in a directory to the disk: a rename changes them, and not the file."""
     if os.name == "posix":
         handle = os.open(directory, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old-{secrets.token_hex(4)}")

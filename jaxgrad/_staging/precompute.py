@@ -1,7 +1,6 @@
 """Running the frozen part over a dataset: in chunks, checked, and never twice."""
 
 import functools
-import hashlib
 import os
 import re
 import sys
@@ -16,6 +15,7 @@ import numpy as np
 from jax.extend import core as jex
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxgrad._disk.digest import content_name
 from jaxgrad._jaxpr.dataflow import taken
 from jaxgrad._jaxpr.source import aval, whence
 from jaxgrad._jaxpr.views import inner_consts
@@ -23,6 +23,7 @@ from jaxgrad._staging import features as _features
 from jaxgrad._staging.encoding import decode, encode, is_encoded, squares
 from jaxgrad._staging.split import Split
 from jaxgrad._tree.bitwise import host
+from jaxgrad._tree.flat import is_key
 
 
 class StageError(ValueError):
@@ -109,21 +110,14 @@ class Frozen:
 
     def key(self) -> str:
         """A hash of all that the features depend on."""
-        digest = hashlib.sha256()
         text = re.sub(r"0x[0-9a-f]+", "", str(self.jaxpr))  # addresses of functions
-        for part in (text, jax.__version__, version("jaxlib"), jax.default_backend()):
-            digest.update(part.encode() + b"\0")
-        digest.update(f"{self.encoding} {self.split.rows}".encode())
+        setup = [jax.__version__, version("jaxlib"), jax.default_backend()]
+        setup += [str(self.encoding), str(self.split.rows)]
         used = taken(self.jaxpr)
         inputs = zip(self.jaxpr.invars, [*self.values, *self.dataset], strict=True)
         # As text, a program shows the arrays that programs inside of it close over in part only.
-        for value in [*(value for v, value in inputs if v in used), *inner_consts(self.jaxpr)]:
-            value = value if np.ndim(value) else host(value)  # a Python number has no dtype
-            digest.update(f"{np.shape(value)} {value.dtype}".encode())
-            for start in range(0, len(value) if np.ndim(value) else 1, 4096):
-                part = value[start : start + 4096] if np.ndim(value) else value
-                digest.update(host(part).tobytes())
-        return digest.hexdigest()[:32]
+        arrays = [*(x for v, x in inputs if v in used), *inner_consts(self.jaxpr)]
+        return content_name([text, *setup, *((str(i), _plain(x)) for i, x in enumerate(arrays))])
 
 
 def _compute(split: Split, features: Any, encoding: str | None, *inputs: Any):
@@ -136,6 +130,11 @@ def _compute(split: Split, features: Any, encoding: str | None, *inputs: Any):
         if is_encoded(x.dtype, encoding):
             error += jnp.stack(squares(x, encoding))
     return stored, error
+
+
+def _plain(x: Any) -> Any:
+    """An array as it is, since it may be too large for host memory; a number or a key as one."""
+    return host(x) if is_key(x) or not np.ndim(x) else x
 
 
 def _rows(leaf: Any, start: int, rows: int) -> Any:
