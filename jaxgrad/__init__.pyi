@@ -20,11 +20,11 @@ from ._autograd.per_example import grad_norms as grad_norms
 from ._autograd.per_example import per_example_grads as per_example_grads
 from ._autograd.tap import TapError as TapError
 from ._autograd.tap import tap as tap
-from ._checkpoint.arrays import CheckpointError as CheckpointError
 from ._checkpoint.params import CheckpointInfo as CheckpointInfo
 from ._checkpoint.params import inspect as inspect
 from ._checkpoint.params import load as load
 from ._checkpoint.params import save as save
+from ._checkpoint.record import CheckpointError as CheckpointError
 from ._checkpoint.run import Checkpoints as Checkpoints
 from ._debug.check_grads import GradCheck as GradCheck
 from ._debug.check_grads import check_grads as check_grads

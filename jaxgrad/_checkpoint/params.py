@@ -5,9 +5,6 @@ any other checkpoint: by its newest step.
 """
 
 import dataclasses
-import json
-import os
-import shutil
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -15,18 +12,9 @@ from typing import Any, TypeVar
 
 import jax
 
-from jaxgrad._checkpoint import run as _run
-from jaxgrad._checkpoint.arrays import (
-    CheckpointError,
-    check_fit,
-    decode,
-    encode,
-    load_arrays,
-    nest,
-    read,
-    shapes,
-)
-from jaxgrad._devices.processes import barrier, from_first, is_first
+from jaxgrad._checkpoint.arrays import check_fit, encode, read, write
+from jaxgrad._checkpoint.record import CheckpointError, Record
+from jaxgrad._checkpoint.run import Parameters, is_run, params_of
 from jaxgrad._tree.flat import PyTree, flatten, is_array, paths
 from jaxgrad._tree.select import partition
 from jaxgrad._tree.wrt import Wrt, match
@@ -85,29 +73,18 @@ def save(
 
     Source: `torch.save(model.state_dict(), path)`.
     """
-    from orbax.checkpoint import v1 as ocp
-
     path = Path(path).absolute()
     refuse_taken(path, overwrite)
-    trained = [] if wrt is None else paths(partition(params, wrt)[0])
-    arrays, record = encode(params)
-    if not arrays:
+    trained = () if wrt is None else tuple(paths(partition(params, wrt)[0]))
+    tree = encode(params)
+    if not tree.arrays:
         raise CheckpointError("a checkpoint holds arrays, and this tree has none with an element.")
-    record |= {"trained": trained, "config": dict(config or {})}
+    record = Record(trained=trained, config=dict(config or {}))
     try:
-        json.dumps(record)
+        record.to_json()
     except (TypeError, ValueError) as e:
         raise CheckpointError(f"config holds what JSON can't: {e}. {config!r}") from e
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new-{from_first(os.getpid())}")
-    try:
-        ocp.save(str(new), nest(arrays), custom_metadata=record)
-        if is_first():
-            _replace(new, path)
-    finally:
-        if is_first():
-            shutil.rmtree(new, ignore_errors=True)
-    barrier("saved")
+    write(path, tree, record, orbax=True)
 
 
 def load(path: str | PathLike[str], into: T, *, only: Wrt | None = None) -> T:
@@ -145,14 +122,15 @@ def load(path: str | PathLike[str], into: T, *, only: Wrt | None = None) -> T:
     Source: `model.load_state_dict(torch.load(path))`.
     """
     path = Path(path).absolute()
-    held = inspect(path).leaves
+    params = _params(path)
+    held = params.shapes()
     flat = flatten(into)
     chosen = [True] * len(flat.paths) if only is None else match(flat, only)
     wanted = {
         p: x for p, x, c in zip(flat.paths, flat.leaves, chosen, strict=True) if c and is_array(x)
     }
     check_fit(path, held if only is None else {p: held[p] for p in wanted if p in held}, wanted)
-    leaves = _run.params_of(path) if _run.is_run(path) else decode(load_arrays(path), read(path)[1])
+    leaves = params.load(None if only is None else wanted)
     return flat.treedef.unflatten(
         [
             _like(x, leaves[p]) if p in wanted else x
@@ -185,13 +163,8 @@ def inspect(path: str | PathLike[str]) -> CheckpointInfo:
 
     Source: `torch.load(path, map_location="meta")`.
     """
-    path = Path(path).absolute()
-    if _run.is_run(path):
-        leaves, record = _run.shapes_of(path)
-    else:
-        found, record = read(path)
-        leaves = shapes(found, record)
-    return CheckpointInfo(leaves, tuple(record.get("trained", ())), record.get("config", {}))
+    params = _params(Path(path).absolute())
+    return CheckpointInfo(params.shapes(), params.record.trained, params.record.config)
 
 
 def refuse_taken(path: Path, overwrite: bool) -> None:
@@ -204,18 +177,11 @@ def refuse_taken(path: Path, overwrite: bool) -> None:
         )
 
 
-def _replace(new: Path, path: Path) -> None:
-    """Renames a directory over another; at no moment is there a part of either at `path`."""
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
-    if path.exists():
-        path.rename(old)
-    try:
-        new.rename(path)
-    except OSError:
-        if old.exists():
-            old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+def _params(path: Path) -> Parameters:
+    if is_run(path):
+        return params_of(path)
+    stored = read(path)
+    return Parameters(stored.record, [(stored, "")])
 
 
 def _like(template: Any, leaf: jax.Array) -> Any:

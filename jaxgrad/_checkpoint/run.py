@@ -1,62 +1,68 @@
 """A training run on disk: what the next step needs to be taken as if nothing had happened.
 
-    runs/head/frozen/<digest>   the frozen parameters, stored once and named by their content
-    runs/head/steps/<step>      what is trained, optimizer state, losses, and a record of the rest
+    runs/head/frozen/<name>   the frozen parameters, stored once and named by their content
+    runs/head/steps/<step>    what is trained, the optimizer state, the losses, and a record
 
-A step costs what is trained, and refers to the frozen part by its digest. Each directory is written
-under another name and renamed when it is complete; what is no longer kept is renamed before it is
-deleted. So at no moment does a kill leave a part of a step where a step is looked for. A disk can
-still damage what was whole: every array has a checksum, and a step that does not match is passed
-over for the one before.
+A step costs what is trained, and refers to the frozen parameters by their name. Directories appear
+and disappear atomically, so that a kill never leaves a part of a step where a step is looked for. A
+disk can still damage what was complete: every array has a checksum, and a step that does not match
+is passed over for the one before.
 """
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import shutil
 import warnings
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxgrad._checkpoint.arrays import (
-    CheckpointError,
-    decode,
+    Response,
+    Stored,
     encode,
-    load_arrays,
+    load_leaves,
     read,
     shapes,
     write,
     write_together,
 )
+from jaxgrad._checkpoint.record import (
+    CheckpointError,
+    Json,
+    Record,
+    StepRecord,
+    UnreadableError,
+    best_first,
+)
 from jaxgrad._devices.placement import ShardingOf, on_one_device
 from jaxgrad._devices.processes import barrier, from_first, greatest, is_first, several, whole
-from jaxgrad._disk.safetensors import raw
-from jaxgrad._text import listed, spec
+from jaxgrad._disk.atomic import remove_directory
+from jaxgrad._disk.digest import content_name
 from jaxgrad._tree.flat import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoints:
-    """Where `fit` saves a run, how often, and what of it is kept.
+    """Where `fit` saves a run, how often, and which steps it keeps.
 
     Attributes:
         directory: the directory of the run.
         every: the number of chunks between two saves; the end of the run is always saved.
         keep: how many of the latest steps to keep, at least 1.
         best: how many of the best steps to keep beside them.
-        metric: what makes a step good: a name in its record of the history.
+        metric: what makes a step good: a name in its entry of the history.
         mode: whether the least or the greatest is best.
         config: anything that JSON can hold, for the record.
 
     Raises:
-        ValueError: `every` or `keep` is below 1, `best` below 0, or there is no such `mode`.
+        ValueError: `every` or `keep` is below 1, `best` is below 0, or `mode` is unknown.
 
     Example:
         >>> import jaxgrad as jg
@@ -73,7 +79,7 @@ class Checkpoints:
     best: int = 0
     metric: str = "loss"
     mode: Literal["min", "max"] = "min"
-    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    config: Mapping[str, Json] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, least in (("every", 1), ("keep", 1), ("best", 0)):
@@ -86,43 +92,51 @@ class Checkpoints:
 class Saved(NamedTuple):
     """A step as it was saved; arrays by path."""
 
-    params: dict[str, Any]
-    opt_state: dict[str, Any]
+    params: dict[str, jax.Array]
+    opt_state: dict[str, jax.Array]
     losses: np.ndarray
-    record: dict[str, Any]
+    record: StepRecord
 
 
 class Run:
-    """The directory of a run, open for saving; a context manager."""
+    """The directory of a run, open for saving; a context manager.
+
+    Args:
+        config: the directory, and what to keep of the run.
+        resume: whether the directory may hold steps.
+        sharding_of: where the arrays of a resumed run go.
+
+    Raises:
+        CheckpointError: the directory holds something else, or steps that nobody asked to resume.
+    """
 
     def __init__(
         self, config: Checkpoints, resume: bool, sharding_of: ShardingOf = on_one_device
     ) -> None:
-        """Refuses a directory of something else, or of steps that nobody asked to resume."""
         self.config = config
         self.sharding_of = sharding_of
         self.root = Path(config.directory).absolute()
-        self._steps, self._frozen = self.root / "steps", self.root / "frozen"
         if self.root.exists() and not self.root.is_dir():
             raise CheckpointError(f"'{self.root}' is a file. Choose another directory.")
-        if self.root.is_dir() and any(self.root.iterdir()) and not self._steps.is_dir():
-            raise CheckpointError(f"'{self.root}' holds no run. Choose another directory.")
-        if (found := self.steps()) and not resume:
+        if self.root.is_dir() and any(self.root.iterdir()) and not is_run(self.root):
+            raise CheckpointError(f"'{self.root}' does not hold a run. Choose another directory.")
+        if (found := steps_of(self.root)) and not resume:
             raise CheckpointError(
                 f"'{self.root}' holds a run, of step {found[-1]}. Continue it with resume=True, or "
                 "choose another directory."
             )
         self._metrics: dict[int, float] = {}
         self._history: list[str] = []  # as JSON: each save has all of it
-        self._digest = ""
+        self._frozen = ""
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._last = -1
 
     def __enter__(self) -> "Run":
         if is_first():
-            self._steps.mkdir(parents=True, exist_ok=True)
-            for left in [*self._steps.iterdir(), *self.root.glob("frozen/*")]:
+            steps = self.root / "steps"
+            steps.mkdir(parents=True, exist_ok=True)
+            for left in [*steps.iterdir(), *self.root.glob("frozen/*")]:
                 if not left.name.isalnum():  # by a kill: a part of a save or of a deletion
                     shutil.rmtree(left, ignore_errors=True)
         barrier("the run is open")
@@ -134,19 +148,18 @@ class Run:
         finally:
             self._writer.shutdown()
 
-    def steps(self) -> list[int]:
-        """The steps that are saved, in order."""
-        if not self._steps.is_dir():
-            return []
-        return sorted(int(p.name) for p in self._steps.iterdir() if p.name.isdecimal())
-
     def newest(self) -> Saved | None:
-        """The newest step that is whole; a damaged one is said, and passed over."""
-        for step in from_first(self.steps()[::-1]):
-            path = self._steps / str(step)
+        """The newest step that is not damaged; a warning names each that is.
+
+        Raises:
+            UnreadableError: a step is not damaged, but this process can't read it.
+        """
+        for step in from_first(steps_of(self.root)[::-1]):
             saved, why = None, "another process can't read it"
             try:
-                saved = self._read(path)
+                saved = self._read(step)
+            except UnreadableError:
+                raise
             except Exception as e:  # Orbax and TensorStore report damage by many types
                 why = " ".join(str(e).split())[:300]
             if greatest(saved is None):
@@ -155,12 +168,11 @@ class Run:
                         f"step {step} of '{self.root}' is damaged and passed over: {why}",
                         stacklevel=2,
                     )
-                    _delete(path)
+                    remove_directory(_step(self.root, step))
                 continue
             assert saved is not None
             self._last = step
-            for record in saved.record["history"]:
-                self._rank(record)
+            self._metrics = saved.record.metrics_of(self.config.metric)
             return saved
         return None
 
@@ -169,34 +181,61 @@ class Run:
         return chunks % self.config.every == 0
 
     def keep_frozen(self, frozen: PyTree) -> None:
-        """Stores the frozen parameters, unless they are there: the steps refer to them."""
-        self._digest = _digest(frozen)
-        if self._digest and not from_first((self._frozen / self._digest).exists()):
-            write(self._frozen / self._digest, *_sealed(frozen, {}))
+        """Stores the frozen parameters, which the steps refer to, unless they are stored."""
+        tree = encode(frozen)
+        if not tree.arrays:
+            return
+        self._frozen = content_name((p, whole(x)) for p, x in tree.arrays.items())
+        path = self.root / "frozen" / self._frozen
+        if not from_first(path.exists()):
+            write(path, tree, Record())
 
-    def save(self, state: PyTree, record: dict[str, Any]) -> None:
-        """Saves `{"trained", "opt_state", "losses"}` as `record["step"]`, in the background."""
-        if record["step"] == self._last:
+    def save(
+        self, state: PyTree, record: StepRecord, history: Sequence[Mapping[str, float]]
+    ) -> None:
+        """Saves a step in the background.
+
+        Args:
+            state: `{"trained", "opt_state", "losses"}`.
+            record: what `fit` knows of the step.
+            history: the history up to it.
+
+        Raises:
+            CheckpointError: the step before could not be saved.
+        """
+        if record.step == self._last:
             return
         self.wait()
-        for entry in record["history"][-1:]:
-            self._rank(entry)
-        self._last = record["step"]
-        path = self._steps / str(record["step"])
+        for entry in history[-1:]:
+            if self.config.metric in entry:
+                self._metrics[int(entry["step"])] = entry[self.config.metric]
+        self._last = record.step
+        path = _step(self.root, record.step)
         with self._explained():
-            self._history += map(json.dumps, record["history"][len(self._history) :])
-            record = record | {"history": f"[{','.join(self._history)}]"}
-            record |= {"frozen": self._digest, "config": dict(self.config.config)}
-            if is_first() and path.exists():
-                _delete(path)
-            if several():  # what they do together comes between two steps, in one order for all
-                response = write_together(path, *_sealed(state, record))
+            self._history += map(json.dumps, history[len(self._history) :])
+            record = dataclasses.replace(
+                record,
+                history=f"[{','.join(self._history)}]",
+                frozen=self._frozen,
+                config=self.config.config,
+                metric=self.config.metric,
+                mode=self.config.mode,
+            )
+            if several():
+                if is_first() and path.exists():  # a step before the run was resumed
+                    remove_directory(path)
+                # All processes do this between the same two steps, and only the wait is apart.
+                response = write_together(path, encode(state), record)
                 self._pending = self._writer.submit(self._finish, response)
             else:
                 self._pending = self._writer.submit(self._save, path, state, record)
 
     def wait(self) -> None:
-        """Waits for what is being saved, and raises what went wrong with it."""
+        """Waits for the step that is being saved.
+
+        Raises:
+            CheckpointError: it could not be saved.
+        """
         pending, self._pending = self._pending, None
         with self._explained():
             if pending is not None:
@@ -207,49 +246,69 @@ class Run:
         try:
             yield
         except Exception as e:
-            steps = self.steps()
-            last = f"the last whole step is {steps[-1]}" if steps else "there is no whole step"
+            steps = steps_of(self.root)
+            last = f"the last complete step is {steps[-1]}" if steps else "no step is complete"
             why = " ".join(str(e).split())[:300]
             raise CheckpointError(
-                f"step {self._last} could not be saved in '{self.root}' ({why}); {last}. Make "
-                "room, or mend the rights, and continue with resume=True."
+                f"step {self._last} could not be saved in '{self.root}' ({why}); {last}. Free "
+                "space, or fix the permissions, and continue with resume=True."
             ) from e
 
-    def _save(self, path: Path, state: PyTree, record: Mapping[str, Any]) -> None:
-        write(path, *_sealed(state, record))
+    def _save(self, path: Path, state: PyTree, record: StepRecord) -> None:
+        write(path, encode(state), record)
         self._forget()
 
-    def _finish(self, response: Any) -> None:
+    def _finish(self, response: Response) -> None:
         response.result()
         if is_first():
             self._forget()
 
     def _forget(self) -> None:
         """Deletes the steps that are not kept."""
-        kept = self._kept()
-        for step in self.steps():
+        steps = steps_of(self.root)
+        best = best_first({s: x for s, x in self._metrics.items() if s in steps}, self.config.mode)
+        kept = {*steps[-self.config.keep :], *best[: self.config.best]}
+        for step in steps:
             if step not in kept:
-                _delete(self._steps / str(step))
+                remove_directory(_step(self.root, step))
 
-    def _read(self, path: Path) -> Saved:
-        arrays, record = _restore(path, self.sharding_of)
-        params = _frozen_part(self.root, record, self.sharding_of) | _under("trained", arrays)
-        record["history"] = json.loads(record["history"])
-        losses = np.asarray(arrays["losses"])
-        return Saved(params, _under("opt_state", arrays), losses, record)
+    def _read(self, step: int) -> Saved:
+        stored, record = _open(self.root, step)
+        arrays = load_leaves(stored, None, self.sharding_of)
+        params = under("trained", arrays)
+        if frozen := _frozen_of(self.root, record):
+            params = load_leaves(frozen, None, self.sharding_of) | params
+        return Saved(params, under("opt_state", arrays), np.asarray(arrays["losses"]), record)
 
-    def _rank(self, entry: Mapping[str, float]) -> None:
-        if self.config.metric in entry:
-            self._metrics[int(entry["step"])] = entry[self.config.metric]
 
-    def _kept(self) -> set[int]:
-        steps = self.steps()
-        sign = 1 if self.config.mode == "min" else -1
-        ranked = sorted(
-            (step for step in steps if step in self._metrics),
-            key=lambda step: sign * self._metrics[step],
-        )
-        return {*steps[-self.config.keep :], *ranked[: self.config.best]}
+# Reading the parameters of a run, which nothing else need be told apart from those of `save`.
+
+
+class Parameters(NamedTuple):
+    """The parameters of a checkpoint, open for reading.
+
+    Attributes:
+        record: what the checkpoint knows beside its arrays.
+        parts: where they are stored, and below which node there.
+    """
+
+    record: Record
+    parts: Sequence[tuple[Stored, str]]
+
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shape and the dtype of each, by path."""
+        found: dict[str, jax.ShapeDtypeStruct] = {}
+        for stored, node in self.parts:
+            found |= under(node, shapes(stored))
+        return found
+
+    def load(self, paths: Collection[str] | None = None) -> dict[str, jax.Array]:
+        """Those at `paths`, or all of them, by path."""
+        found: dict[str, jax.Array] = {}
+        for stored, node in self.parts:
+            here = None if paths is None else {"/".join(filter(None, (node, p))) for p in paths}
+            found |= under(node, load_leaves(stored, here))
+        return found
 
 
 def is_run(path: Path) -> bool:
@@ -257,73 +316,44 @@ def is_run(path: Path) -> bool:
     return (path / "steps").is_dir()
 
 
-def params_of(path: Path) -> dict[str, Any]:
-    """All parameters of the newest step, by path."""
-    arrays, record = _restore(_newest(path))
-    return _frozen_part(path, record) | _under("trained", arrays)
+def steps_of(path: Path) -> list[int]:
+    """The steps of a run that are saved, in order."""
+    if not is_run(path):
+        return []
+    return sorted(int(p.name) for p in (path / "steps").iterdir() if p.name.isdecimal())
 
 
-def shapes_of(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Shapes and dtypes of `params_of`, and the record of the newest step."""
-    found, record = read(_newest(path))
-    frozen = shapes(*read(path / "frozen" / record["frozen"])) if record["frozen"] else {}
-    return frozen | _under("trained", shapes(found, record)), record
-
-
-def _frozen_part(
-    path: Path, record: Mapping[str, Any], sharding_of: ShardingOf = on_one_device
-) -> dict[str, Any]:
-    digest = record["frozen"]
-    return _restore(path / "frozen" / digest, sharding_of)[0] if digest else {}
-
-
-def _newest(path: Path) -> Path:
-    steps = [int(p.name) for p in (path / "steps").iterdir() if p.name.isdecimal()]
+def params_of(path: Path) -> Parameters:
+    """The parameters of the newest step of a run."""
+    steps = steps_of(path)
     if not steps:
-        raise CheckpointError(f"'{path}' is a run of which no step is saved.")
-    return path / "steps" / str(max(steps))
+        raise CheckpointError(f"the run in '{path}' has no saved step.")
+    stored, record = _open(path, steps[-1])
+    parts = [(stored, "trained")]
+    if frozen := _frozen_of(path, record):
+        parts = [(frozen, ""), *parts]
+    return Parameters(record, parts)
 
 
-def _under(node: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves below a node; the node itself, where it is one, by the empty path."""
+def under(node: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves below a node; the node itself, if it is a leaf, by the empty path."""
+    if not node:
+        return dict(leaves)
     return {
         p[len(node) + 1 :]: x for p, x in leaves.items() if p == node or p.startswith(node + "/")
     }
 
 
-def _sealed(tree: PyTree, record: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arrays of a tree by path, and the record with their checksums."""
-    arrays, kinds = encode(tree)
-    return arrays, {**record, **kinds, "checksums": _checksums(arrays)}
+def _open(path: Path, step: int) -> tuple[Stored, StepRecord]:
+    stored = read(_step(path, step))
+    if not isinstance(stored.record, StepRecord):
+        raise CheckpointError(f"'{stored.path}' is not a step of a run: it has no record of one.")
+    return stored, stored.record
 
 
-def _restore(
-    path: Path, sharding_of: ShardingOf = on_one_device
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    arrays, (_, record) = load_arrays(path, sharding_of), read(path)
-    sums = _checksums(arrays)
-    if damaged := [p for p, crc in record["checksums"].items() if sums.get(p) != crc]:
-        raise CheckpointError(f"the checksum of {listed(map(repr, damaged))} is wrong")
-    return decode(arrays, record), record
+def _frozen_of(path: Path, record: StepRecord) -> Stored | None:
+    return read(path / "frozen" / record.frozen) if record.frozen else None
 
 
-def _checksums(arrays: Mapping[str, Any]) -> dict[str, int]:
-    return {p: zlib.crc32(raw(whole(x))) for p, x in arrays.items()}
-
-
-def _digest(tree: PyTree) -> str:
-    """A name by content: equal for equal paths, dtypes, shapes and bits; none for no arrays."""
-    arrays, _ = encode(tree)
-    digest = hashlib.blake2b(digest_size=16)
-    for path, x in arrays.items():
-        digest.update(f"{path} {spec(x)}\n".encode())
-        digest.update(raw(whole(x)))
-    return digest.hexdigest() if arrays else ""
-
-
-def _delete(path: Path) -> None:
-    """Deletes a directory under another name, so that a kill leaves no half of it under its own."""
-    gone = path.with_name(f"{path.name}.gone")
-    shutil.rmtree(gone, ignore_errors=True)
-    path.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
+def _step(path: Path, step: int) -> Path:
+    return path / "steps" / str(step)

@@ -24,6 +24,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxgrad._autograd.loss import differentiable
+from jaxgrad._checkpoint.record import Position, Settings, StepRecord
 from jaxgrad._checkpoint.run import Checkpoints, Run
 from jaxgrad._devices.placement import Placement, Rules, placement
 from jaxgrad._devices.processes import of_all
@@ -41,7 +42,7 @@ from jaxgrad._training.resume import (
 )
 from jaxgrad._training.state import Callback, NonFiniteLossError, StopTraining, TrainState
 from jaxgrad._training.steps import compile_steps
-from jaxgrad._training.streamed import Position, is_stream, stream
+from jaxgrad._training.streamed import is_stream, stream
 from jaxgrad._tree.flat import PyTree
 from jaxgrad._tree.merge import merge
 from jaxgrad._tree.rows import rows_of
@@ -159,7 +160,7 @@ def fit(
     selection = differentiable(params, _wrt_of(tx, params) if wrt is None else wrt)
     noise = place.put(key) if _takes_key(loss, key) else None
     extra = {} if noise is None else {"key": noise}
-    settings = {"rows": rows, "batch_size": batch_size, "key": _key_data(key)}
+    settings = Settings(rows, batch_size, _key_text(key))
 
     with contextlib.ExitStack() as stack:
         run = _open(checkpoint, resume, place, stack)
@@ -195,11 +196,14 @@ def fit(
         def save() -> None:
             if run:
                 tree = {"trained": carry[0], "opt_state": carry[1], "losses": log.losses}
-                history = [*log.history]  # it is written while the run goes on
-                record = {"step": log.step, "history": history, "settings": settings}
-                record |= {"trained": selection.paths, "staged": plan.staged}
-                record |= {"positions": of_all(log.position)}
-                run.save(_copied(tree), record)
+                record = StepRecord(
+                    step=log.step,
+                    trained=tuple(selection.paths),
+                    staged=plan.staged,
+                    settings=settings,
+                    positions=tuple(Position(*position) for position in of_all(log.position)),
+                )
+                run.save(_copied(tree), record, log.history)
 
         advance = stack.enter_context(
             progress_bar(epochs * rows or None, done * batch_size, progress)
@@ -253,7 +257,7 @@ def _begin(
     selection: Selection,
     tx: optax.GradientTransformation,
     place: Placement,
-    settings: dict[str, Any],
+    settings: Settings,
 ) -> tuple[TrainState, bool | None, Position]:
     """The state before the next step, whether the run was staged, how far it had read a stream."""
     params = place.put(params)
@@ -268,11 +272,10 @@ def _begin(
     params = place.put(restore_params(saved, params, where))
     trainable, _ = selection.split(params)
     opt_state, line = restore_opt_state(saved, place.init(tx, trainable), trainable)
-    history = tuple(saved.record["history"])
-    step = saved.record["step"]
     # With other leaves frozen, whether to stage is a new question.
-    staged = saved.record["staged"] if selection.paths == saved.record["trained"] else None
-    begun = TrainState(params, opt_state, step, saved.losses, history, "", line)
+    record = saved.record
+    staged = record.staged if tuple(selection.paths) == record.trained else None
+    begun = TrainState(params, opt_state, record.step, saved.losses, record.entries, "", line)
     return begun, staged, position_of(saved, where)
 
 
@@ -301,10 +304,10 @@ def _takes_key(loss: Callable[..., Any], key: jax.Array | None) -> bool:
     return key is not None and (needed or parameter.default is None)
 
 
-def _key_data(key: jax.Array | None) -> Any:
-    return (
-        None if key is None else [str(jax.random.key_impl(key)), jax.random.key_data(key).tolist()]
-    )
+def _key_text(key: jax.Array | None) -> str | None:
+    if key is None:
+        return None
+    return f"{jax.random.key_impl(key)} {jax.random.key_data(key).tolist()}"
 
 
 def _copied(tree: PyTree) -> PyTree:

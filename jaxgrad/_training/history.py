@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import numpy as np
 
+from jaxgrad._checkpoint.record import Position
 from jaxgrad._training.calls import Call
-from jaxgrad._training.streamed import Position
 
 
 @dataclasses.dataclass

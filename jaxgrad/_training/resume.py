@@ -5,6 +5,7 @@ reached; optimizer state that belongs to a leaf still trained survives, with the
 counted; what is trained anew starts with fresh state. What was done is said in one line.
 """
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgrad._checkpoint.arrays import CheckpointError, check_fit
+from jaxgrad._checkpoint.arrays import check_fit
+from jaxgrad._checkpoint.record import CheckpointError, Position, Settings
 from jaxgrad._checkpoint.run import Saved
 from jaxgrad._text import count, listed, spec
-from jaxgrad._training.streamed import Position
 from jaxgrad._tree.flat import PyTree, flatten, is_array, paths
 
 
@@ -50,10 +51,10 @@ def restore_opt_state(saved: Saved, fresh: PyTree, trainable: PyTree) -> tuple[P
     return state, _line(saved, trainable, needed, kept)
 
 
-def refuse_other_settings(saved: Saved, settings: dict[str, Any], where: str) -> None:
-    """Raises where the steps to come would not be those of the run."""
-    for name, now in settings.items():
-        if (then := saved.record["settings"].get(name)) != now:
+def refuse_other_settings(saved: Saved, settings: Settings, where: str) -> None:
+    """Raises if the steps to come would not be those of the run."""
+    for name, now in dataclasses.asdict(settings).items():
+        if (then := getattr(saved.record.settings, name)) != now:
             raise CheckpointError(
                 f"the run in '{where}' has {name} {then}, and this call {now}: its next step would "
                 "be of other rows. Call fit as the run was called, or start a new one."
@@ -62,18 +63,18 @@ def refuse_other_settings(saved: Saved, settings: dict[str, Any], where: str) ->
 
 def position_of(saved: Saved, where: str) -> Position:
     """How far this process had read a stream."""
-    positions = saved.record["positions"]
-    if len(positions) != jax.process_count() and positions[0] != list(Position()):
+    positions = saved.record.positions
+    if len(positions) != jax.process_count() and positions[0] != Position():
         raise CheckpointError(
             f"the run in '{where}' read a stream in {len(positions)} processes, each its own part, "
             f"and now there are {jax.process_count()}. Resume with as many."
         )
-    return Position(*positions[min(jax.process_index(), len(positions) - 1)])
+    return positions[min(jax.process_index(), len(positions) - 1)]
 
 
 def _line(saved: Saved, trainable: PyTree, needed: dict[str, Any], kept: dict[str, str]) -> str:
-    now, then = set(paths(trainable)), set(saved.record["trained"])
-    line = f"resumed at step {saved.record['step']}"
+    now, then = set(paths(trainable)), set(saved.record.trained)
+    line = f"resumed at step {saved.record.step}"
     for what, leaves in (("newly trained", now - then), ("frozen now", then - now)):
         if leaves:
             line += f"; {what}: {listed(map(repr, sorted(leaves)))}"

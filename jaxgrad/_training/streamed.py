@@ -9,12 +9,13 @@ can), that is part of a checkpoint, and the run goes on with the batch that woul
 import base64
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxgrad._checkpoint.record import Position
 from jaxgrad._devices.placement import OnMesh, Placement
 from jaxgrad._text import nbytes
 from jaxgrad._training.calls import BYTES_PER_CALL, Call
@@ -22,15 +23,6 @@ from jaxgrad._tree.flat import PyTree, is_array
 from jaxgrad._tree.rows import rows_of
 
 T = TypeVar("T")
-
-
-class Position(NamedTuple):
-    """How far a stream was read: passes, and in this one steps, rows and the iterator's state."""
-
-    epoch: int = 0
-    steps: int = 0
-    rows: int = 0
-    state: Any = None
 
 
 def is_stream(dataset: Any) -> bool:

@@ -2,6 +2,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -128,7 +129,7 @@ def test_a_rename_that_fails_puts_back_what_was_there(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("into", "text"),
     [
-        ({"w": jnp.ones(2), "c": jnp.ones(1)}, "it has 'b', which the tree has not"),
+        ({"w": jnp.ones(2), "c": jnp.ones(1)}, "it has 'b', which the tree does not"),
         ({"w": jnp.ones(2), "bb": jnp.ones(1)}, "it has no 'bb'"),
         (
             {"w": jnp.ones(3), "b": jnp.ones(1)},
@@ -188,6 +189,35 @@ def test_64_bits_are_not_lost_in_silence(tmp_path):
         jax.config.update("jax_enable_x64", False)
 
 
+def test_what_was_saved_has_checksums(tmp_path):
+    from orbax.checkpoint import v1 as ocp
+
+    tree = {"w": jnp.ones(2), "v": jnp.ones(3)}
+    jg.save(tmp_path / "a", tree)
+    record = ocp.metadata(tmp_path / "a").custom_metadata
+    ocp.save(tmp_path / "b", tree | {"w": jnp.array([1, 2.0])}, custom_metadata=record)
+    with pytest.raises(
+        jg.CheckpointError, match=r"/b' is damaged: the checksum of 'w' is wrong. Load an earlier"
+    ):
+        jg.load(tmp_path / "b", tree)
+    ocp.save(tmp_path / "c", {"w": jnp.ones(2)}, custom_metadata=record)
+    with pytest.raises(jg.CheckpointError, match="the checksum of 'v' is wrong"):
+        jg.load(tmp_path / "c", {"w": jnp.ones(2)})
+
+
+def test_a_tree_that_others_saved_with_orbax(tmp_path):
+    from orbax.checkpoint import v1 as ocp
+
+    tree = {"layers": [jnp.ones(2), None, jnp.arange(3)], "opt": optax.adam(0.1).init(jnp.ones(2))}
+    ocp.save(tmp_path / "a", tree, custom_metadata={"config": {"classes": 3}, "step": 3})
+    info = jg.inspect(tmp_path / "a")
+    assert sorted(info.leaves) == ["layers/0", "layers/2", "opt/0/count", "opt/0/mu", "opt/0/nu"]
+    assert info.trained == () and info.config == {}
+    into = {"layers": [jnp.zeros(2), None, jnp.zeros(3, jnp.int32)]}
+    loaded = jg.load(tmp_path / "a", into, only="layers/**")
+    equal(loaded, {"layers": tree["layers"]})
+
+
 def test_a_config_that_json_can_not_hold(tmp_path):
     with pytest.raises(jg.CheckpointError, match=r"config holds what JSON can't: .*\{'x': \{1\}\}"):
         jg.save(tmp_path / "a", {"w": jnp.ones(1)}, config={"x": {1}})
@@ -197,10 +227,10 @@ def test_a_config_that_json_can_not_hold(tmp_path):
 def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at '.*nowhere': there is no such"):
         jg.inspect(tmp_path / "nowhere")
-    with pytest.raises(jg.CheckpointError, match="is no Orbax checkpoint, or a damaged one"):
+    with pytest.raises(jg.CheckpointError, match="is not an Orbax checkpoint, or a damaged one"):
         jg.inspect(tmp_path)
     (tmp_path / "file").write_text("hello")
-    with pytest.raises(jg.CheckpointError, match="is no Orbax checkpoint, or a damaged one"):
+    with pytest.raises(jg.CheckpointError, match="is not an Orbax checkpoint, or a damaged one"):
         jg.inspect(tmp_path / "file")
 
 

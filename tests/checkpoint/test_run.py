@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 import jaxgrad as jg
+from jaxgrad._checkpoint import record
 from jaxgrad._disk import safetensors
 from jaxgrad.models import MLP
 from tests import kills
@@ -205,7 +206,7 @@ def test_directories_that_are_taken(tmp_path):
     refused("holds a run, of step 5. Continue it with resume=True, or choose", tmp_path / "run")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/thesis.tex").touch()
-    refused("other' holds no run. Choose another directory.", tmp_path / "other")
+    refused("other' does not hold a run. Choose another directory.", tmp_path / "other")
     refused("thesis.tex' is a file.", tmp_path / "other/thesis.tex", resume=True)
     (tmp_path / "empty").mkdir()
     assert run(tmp_path / "empty", epochs=1, resume=True).step == 5
@@ -218,7 +219,7 @@ def test_a_run_that_was_called_otherwise(tmp_path):
     refused(text, tmp_path / "run", batch_size=6, resume=True)
     refused("has key", tmp_path / "run", key=jax.random.key(1), resume=True)
     _, _, dataset = make()
-    with pytest.raises(jg.CheckpointError, match=r"it has 'head/bias', which the tree has not"):
+    with pytest.raises(jg.CheckpointError, match=r"it has 'head/bias', which the tree does not"):
         jg.fit(
             lambda p, b, key: p["w"],
             {"w": jnp.ones(())},
@@ -248,9 +249,9 @@ def damage(step: Path, how: str):
 @pytest.mark.parametrize(
     ("how", "why"),
     [
-        ("lost", "is no Orbax checkpoint"),
+        ("lost", "is not an Orbax checkpoint"),
         ("cut", "arrays.safetensors: "),
-        ("record", "its record is not whole"),
+        ("record", "the checksum of its record is wrong"),
         ("flipped", "the checksum of 'losses' is wrong"),
     ],
 )
@@ -263,6 +264,15 @@ def test_a_damaged_step_is_passed_over(tmp_path, how, why):
         resumed = run(tmp_path / "run", resume=True)
     assert resumed.resumed == f"resumed at step {before}"
     same(resumed, run())
+
+
+def test_a_step_of_another_format_version_is_an_error_and_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "VERSION", 2)
+    run(tmp_path / "run", epochs=1)
+    monkeypatch.undo()
+    steps = sorted(os.listdir(tmp_path / "run/steps"))
+    refused("steps/5' has format version 2, and this jaxgrad", tmp_path / "run", resume=True)
+    assert sorted(os.listdir(tmp_path / "run/steps")) == steps == ["4", "5"]
 
 
 # Orbax leaves a coroutine behind where it fails.
@@ -416,8 +426,8 @@ def test_a_step_is_a_file_that_others_read(tmp_path):
     state = run(tmp_path / "run", epochs=1)
     file = tmp_path / "run/steps/5/arrays.safetensors"
     assert load_file(file)["trained/head/bias"].tobytes() == bits(state.params["head"]["bias"])[0]
-    record = json.loads(jg.torch.read(file).values["record"])
-    assert [entry["step"] for entry in json.loads(record["history"])] == [2, 4, 5]
+    text = json.loads(jg.torch.read(file).values["record"])
+    assert [entry["step"] for entry in json.loads(text["history"])] == [2, 4, 5]
 
 
 @pytest.mark.slow

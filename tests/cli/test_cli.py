@@ -191,7 +191,7 @@ def test_layers_that_run_in_an_order_of_ones_own(tmp_path, capsys):
         (["inspect", "{}/text.png"], "neither a torch.save file nor safetensors"),
         (["finetune", "--from", "{}/state.pt"], "nothing tells how the model is built"),
         (["inspect", "{}/nowhere"], "no checkpoint at '{}/nowhere': there is no such directory."),
-        (["inspect", "{}"], "'{}' is no Orbax checkpoint, or a damaged one."),
+        (["inspect", "{}"], "'{}' is not an Orbax checkpoint, or a damaged one."),
         (["predict", "--from", "{}/pretrained"], "name at least one image or array file."),
         (["predict", "--from", "{}/pretrained", "{}/no.png"], "no file '{}/no.png'."),
         (
