@@ -45,6 +45,7 @@ from jaxgrad._devices.placement import ShardingOf, on_one_device
 from jaxgrad._devices.processes import barrier, from_first, greatest, is_first, several, whole
 from jaxgrad._disk.atomic import remove_directory
 from jaxgrad._disk.digest import content_name
+from jaxgrad._text import listed
 from jaxgrad._tree.flat import PyTree
 
 
@@ -281,7 +282,7 @@ class Run:
         return Saved(params, under("opt_state", arrays), np.asarray(arrays["losses"]), record)
 
 
-# Reading the parameters of a run, which nothing else need be told apart from those of `save`.
+# Reading the parameters of a run like those that `save` wrote.
 
 
 class Parameters(NamedTuple):
@@ -323,16 +324,43 @@ def steps_of(path: Path) -> list[int]:
     return sorted(int(p.name) for p in (path / "steps").iterdir() if p.name.isdecimal())
 
 
-def params_of(path: Path) -> Parameters:
-    """The parameters of the newest step of a run."""
+def params_of(path: Path, step: int | Literal["best"] | None) -> Parameters:
+    """The parameters of a step of a run: the newest if None.
+
+    Raises:
+        CheckpointError: there is no such step; the message names those that are saved.
+    """
     steps = steps_of(path)
     if not steps:
         raise CheckpointError(f"the run in '{path}' has no saved step.")
-    stored, record = _open(path, steps[-1])
+    if step is None:
+        step = steps[-1]
+    elif step == "best":
+        step = _best(path, steps)
+    if step not in steps:
+        raise CheckpointError(
+            f"step={step!r}: the run in '{path}' has the steps {listed(map(str, steps))}. Pass one "
+            'of them, "best", or None for the newest.'
+        )
+    stored, record = _open(path, step)
     parts = [(stored, "trained")]
     if frozen := _frozen_of(path, record):
         parts = [(frozen, ""), *parts]
     return Parameters(record, parts)
+
+
+def _best(path: Path, steps: Sequence[int]) -> int:
+    """The best of the steps, by the history of the newest, which has the entries of them all."""
+    _, newest = _open(path, steps[-1])
+    metrics = {s: x for s, x in newest.metrics_of(newest.metric).items() if s in steps}
+    if not metrics:
+        found = dict.fromkeys(name for entry in newest.entries for name in entry)
+        raise CheckpointError(
+            f"step='best': the run in '{path}' has the steps {listed(map(str, steps))}, and none "
+            f"has {newest.metric!r} in the history, which has {listed(map(repr, found))}. Pass "
+            "one of these as Checkpoints(metric=...) in the next run, or load a step by its number."
+        )
+    return best_first(metrics, newest.mode)[0]
 
 
 def under(node: str, leaves: Mapping[str, Any]) -> dict[str, Any]:

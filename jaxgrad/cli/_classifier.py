@@ -85,7 +85,7 @@ class Classifier:
                 f"'{path}' was not saved by `jaxgrad pretrain` or `jaxgrad finetune`, so how to "
                 "build its model is not known."
             )
-        tensors = jg.torch.to_torch(read_tree(path))
+        tensors = jg.torch.to_torch(jg.load(path))
         module = _module(info.config["module"])
         source = jg.torch.Checkpoint(path, "orbax", tensors, module=module)
         return cls.from_torch(source, info.config["forward"])
@@ -96,8 +96,8 @@ class Classifier:
         """Saves parameters and statistics, and what `load` needs."""
         tree = _joined(params, self.apply.stats)
         config = {**self.config, **record}
-        wrt = (lambda p, _: p in trained) if trained else None
-        jg.save(path, tree, wrt=wrt, config=config, overwrite=overwrite)
+        moved = (lambda p, _: p in trained) if trained else None
+        jg.save(path, tree, trained=moved, config=config, overwrite=overwrite)
 
     def logits(self, params: Any, images: Any) -> jax.Array:
         """The outputs for images of any layout that has the right number of pixels."""
@@ -124,11 +124,6 @@ class Classifier:
                 f"the data has images of {features} pixels and labels up to {top}; the model takes "
                 f"{self.config['features']} and tells {self.config['classes']} classes apart."
             )
-
-
-def read_tree(path: Path) -> dict[str, Any]:
-    """All arrays of a checkpoint, as nested dicts of their paths."""
-    return jg.load(path, into=nest(jg.inspect(path).leaves))
 
 
 def _joined(params: Any, stats: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import tyro
 
 import jaxgrad as jg
-from jaxgrad.cli._classifier import Classifier, read_tree
+from jaxgrad.cli._classifier import Classifier
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
@@ -56,7 +56,7 @@ class Convert:
                     f"'{self.source}' is a checkpoint already; let OUT end in one of "
                     f"{', '.join(_TORCH_SUFFIXES)}."
                 )
-            jg.torch.save_torch(read_tree(self.source), self.out)
+            jg.torch.save_torch(jg.load(self.source), self.out)
             how = "layouts by the names of the leaves"
         else:
             file = jg.torch.read(self.source)

@@ -7,6 +7,8 @@ import pytest
 from flax import nnx
 
 import jaxgrad as jg
+from jaxgrad._checkpoint import arrays as _arrays
+from jaxgrad._disk.digest import checksum
 from jaxgrad._tree.flat import is_array
 from jaxgrad.models import MLP
 
@@ -62,7 +64,7 @@ def test_orbax_reads_it_too(tmp_path):
 
 
 def test_inspect(tmp_path):
-    jg.save(tmp_path / "a", make(), wrt="head/**", config={"classes": 3, "hidden": [4, 5]})
+    jg.save(tmp_path / "a", make(), trained="head/**", config={"classes": 3, "hidden": [4, 5]})
     info = jg.inspect(str(tmp_path / "a"))
     assert {path: (x.shape, str(x.dtype)) for path, x in info.leaves.items()} == {
         "head/bias": ((3,), "bfloat16"),
@@ -84,7 +86,7 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("keep me")
-    with pytest.raises(jg.CheckpointError, match="is no checkpoint, so it is not replaced"):
+    with pytest.raises(jg.CheckpointError, match="is not a checkpoint, so it is not replaced"):
         jg.save(other, {"w": jnp.zeros(2)}, overwrite=True)
     assert (other / "thesis.txt").read_text() == "keep me"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "other"]  # and nothing is left over
@@ -189,6 +191,52 @@ def test_64_bits_are_not_lost_in_silence(tmp_path):
         jax.config.update("jax_enable_x64", False)
 
 
+def test_without_a_tree_the_paths_decide(tmp_path):
+    params = make() | {"number": 2.5, "key": jax.random.key(3), "empty": jnp.zeros((0, 3))}
+    jg.save(tmp_path / "a", params)
+    loaded = jg.load(tmp_path / "a")
+    scale = params["layers"][1]["scale"]
+    equal(loaded["layers"], {"0": params["layers"][0], "1": {"scale": scale}})
+    equal(loaded["head"], params["head"])
+    assert loaded["number"] == 2.5 and loaded["empty"].shape == (0, 3)
+    assert loaded["key"] == params["key"]
+    assert [*jg.load(tmp_path / "a", wrt="key")] == ["key"]
+    part = jg.load(tmp_path / "a", wrt=["layers/**", "!**/scale"])
+    equal(part, {"layers": {"0": params["layers"][0]}})
+    with pytest.raises(jg.SelectionError, match="'headd' matches no leaf"):
+        jg.load(tmp_path / "a", wrt="headd")
+
+
+def test_a_part_is_saved(tmp_path):
+    params = make()
+    jg.save(tmp_path / "a", params, wrt="head/**", trained="**/bias")
+    assert sorted(jg.inspect(tmp_path / "a").leaves) == ["head/bias", "head/kernel"]
+    assert jg.inspect(tmp_path / "a").trained == ("head/bias",)
+    equal(jg.load(tmp_path / "a", blank(params), wrt="head/**")["head"], params["head"])
+    with pytest.raises(jg.CheckpointError, match="it has no 'layers/0'"):
+        jg.load(tmp_path / "a", blank(params))
+    with pytest.raises(jg.SelectionError, match="'haed' matches no leaf"):
+        jg.save(tmp_path / "b", params, wrt="haed")
+    assert not (tmp_path / "b").exists()
+
+
+def test_only_what_is_asked_for_is_read(tmp_path, monkeypatch):
+    jg.save(tmp_path / "a", {"head": jnp.ones(2), "trunk": jnp.ones(4)})
+    seen = []
+    monkeypatch.setattr(_arrays, "checksum", lambda p, x: seen.append(p) or checksum(p, x))
+    jg.load(tmp_path / "a", wrt="head")
+    assert seen == ["head"]
+
+
+def test_a_checkpoint_has_no_steps(tmp_path):
+    jg.save(tmp_path / "a", {"w": jnp.ones(2)})
+    for step in (3, "best"):
+        with pytest.raises(
+            jg.CheckpointError, match=f"step={step!r}: '.*/a' is not the directory of a run, so it"
+        ):
+            jg.load(tmp_path / "a", step=step)
+
+
 def test_what_was_saved_has_checksums(tmp_path):
     from orbax.checkpoint import v1 as ocp
 
@@ -214,8 +262,11 @@ def test_a_tree_that_others_saved_with_orbax(tmp_path):
     assert sorted(info.leaves) == ["layers/0", "layers/2", "opt/0/count", "opt/0/mu", "opt/0/nu"]
     assert info.trained == () and info.config == {}
     into = {"layers": [jnp.zeros(2), None, jnp.zeros(3, jnp.int32)]}
-    loaded = jg.load(tmp_path / "a", into, only="layers/**")
+    loaded = jg.load(tmp_path / "a", into, wrt="layers/**")
     equal(loaded, {"layers": tree["layers"]})
+    loaded = jg.load(tmp_path / "a")
+    equal(loaded["layers"], {"0": tree["layers"][0], "2": tree["layers"][2]})
+    assert sorted(loaded["opt"]["0"]) == ["count", "mu", "nu"]
 
 
 def test_a_config_that_json_can_not_hold(tmp_path):

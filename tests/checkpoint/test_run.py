@@ -124,7 +124,7 @@ def test_the_newest_step_of_a_run_is_loaded_like_any_checkpoint(tmp_path):
     assert bits(loaded) == bits(state.params)
     assert jg.inspect(tmp_path / "run").config == {"classes": 3}
     blank = jax.tree.map(jnp.zeros_like, loaded)
-    part = jg.load(tmp_path / "run", into=blank, only="head/**")
+    part = jg.load(tmp_path / "run", into=blank, wrt="head/**")
     assert bits(part["head"]) == bits(state.params["head"])
     assert not any(x.any() for x in jax.tree.leaves(part["layers"]))
 
@@ -140,6 +140,40 @@ def test_what_is_kept(tmp_path):
     assert steps() == [15]
     run(jg.Checkpoints(tmp_path / "run", keep=1, every=2), epochs=4, resume=True)
     assert steps() == [20]
+
+
+def test_any_step_that_is_kept_is_loaded(tmp_path):
+    states = {}
+
+    def score(state):
+        states[state.step] = jax.tree.map(np.asarray, state.params)
+        return {"score": -abs(state.step - 4)}
+
+    config = jg.Checkpoints(tmp_path / "run", keep=2, best=2, metric="score", mode="max")
+    run(config, callbacks=[score])
+    for step in (4, 5, 14, 15):
+        assert bits(jg.load(tmp_path / "run", make()[1], step=step)) == bits(states[step])
+    assert bits(jg.load(tmp_path / "run", make()[1], step="best")) == bits(states[4])
+    assert bits(jg.load(tmp_path / "run")) == bits(states[15])
+    head = jg.load(tmp_path / "run", wrt="head/**", step=5)
+    assert [*head] == ["head"] and bits(head["head"]) == bits(states[5]["head"])
+    with pytest.raises(jg.CheckpointError) as info:
+        jg.load(tmp_path / "run", step=7)
+    assert str(info.value) == (
+        f"step=7: the run in '{tmp_path / 'run'}' has the steps 4, 5, 14, 15. Pass one of them, "
+        '"best", or None for the newest.'
+    )
+
+
+def test_the_best_of_a_run_without_the_metric(tmp_path):
+    run(jg.Checkpoints(tmp_path / "run", metric="accuracy"), epochs=1)
+    with pytest.raises(jg.CheckpointError) as info:
+        jg.load(tmp_path / "run", step="best")
+    assert str(info.value) == (
+        f"step='best': the run in '{tmp_path / 'run'}' has the steps 4, 5, and none has "
+        "'accuracy' in the history, which has 'step', 'epoch', 'loss', 'rows_per_s'. Pass one of "
+        "these as Checkpoints(metric=...) in the next run, or load a step by its number."
+    )
 
 
 @pytest.mark.parametrize(("attribute", "value"), [("every", 0), ("keep", 0), ("best", -1)])
