@@ -132,6 +132,7 @@ class Run:
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._last = -1
+        self._damaged: set[int] = set()
 
     def __enter__(self) -> "Run":
         if is_first():
@@ -150,7 +151,7 @@ class Run:
             self._writer.shutdown()
 
     def newest(self) -> Saved | None:
-        """The newest step that is not damaged; a warning names each that is.
+        """The newest step that is not damaged; a warning names each that is, and it stays.
 
         Raises:
             UnreadableError: a step is not damaged, but this process can't read it.
@@ -169,7 +170,7 @@ class Run:
                         f"step {step} of '{self.root}' is damaged and passed over: {why}",
                         stacklevel=2,
                     )
-                    remove_directory(_step(self.root, step))
+                self._damaged.add(step)
                 continue
             assert saved is not None
             self._last = step
@@ -188,7 +189,8 @@ class Run:
             return
         self._frozen = content_name((p, whole(x)) for p, x in tree.arrays.items())
         path = self.root / "frozen" / self._frozen
-        if not from_first(path.exists()):
+        # Where a step can't be read, this may be what is damaged.
+        if self._damaged or not from_first(path.exists()):
             write(path, tree, Record())
 
     def save(
@@ -211,6 +213,7 @@ class Run:
             if self.config.metric in entry:
                 self._metrics[int(entry["step"])] = entry[self.config.metric]
         self._last = record.step
+        self._damaged.discard(record.step)
         path = _step(self.root, record.step)
         with self._explained():
             self._history += map(json.dumps, history[len(self._history) :])
@@ -247,7 +250,7 @@ class Run:
         try:
             yield
         except Exception as e:
-            steps = steps_of(self.root)
+            steps = self._complete()
             last = f"the last complete step is {steps[-1]}" if steps else "no step is complete"
             why = " ".join(str(e).split())[:300]
             raise CheckpointError(
@@ -265,13 +268,16 @@ class Run:
             self._forget()
 
     def _forget(self) -> None:
-        """Deletes the steps that are not kept."""
-        steps = steps_of(self.root)
+        """Deletes the steps that are not kept, but none because it could not be read."""
+        steps = self._complete()
         best = best_first({s: x for s, x in self._metrics.items() if s in steps}, self.config.mode)
         kept = {*steps[-self.config.keep :], *best[: self.config.best]}
         for step in steps:
             if step not in kept:
                 remove_directory(_step(self.root, step))
+
+    def _complete(self) -> list[int]:
+        return [step for step in steps_of(self.root) if step not in self._damaged]
 
     def _read(self, step: int) -> Saved:
         stored, record = _open(self.root, step)

@@ -300,6 +300,30 @@ def test_a_damaged_step_is_passed_over(tmp_path, how, why):
     same(resumed, run())
 
 
+def test_a_damaged_step_is_not_deleted(tmp_path):
+    steps = lambda: sorted(map(int, os.listdir(tmp_path / "run/steps")))
+    run(tmp_path / "run", epochs=1)
+    damage(tmp_path / "run/steps/5", "cut")
+    with pytest.warns(UserWarning, match="step 5 of .* is damaged"), pytest.raises(KillError):
+        run(tmp_path / "run", resume=True, callbacks=[killer(5)])
+    assert steps() == [4, 5]
+    config = jg.Checkpoints(tmp_path / "run", keep=1, every=2)  # the next save is at step 7
+    with pytest.warns(UserWarning, match="step 5 of .* is damaged"):
+        run(config, resume=True)
+    assert steps() == [5, 15]
+
+
+def test_damaged_frozen_parameters_are_stored_again(tmp_path):
+    tx = jg.param_groups({"head/**": optax.sgd(0.1)})
+    run(tmp_path / "run", tx=tx, epochs=1)
+    (frozen,) = (tmp_path / "run/frozen").iterdir()
+    damage(frozen, "flipped")
+    with pytest.warns(UserWarning, match=r"step [45] of .* the checksum of 'layers/0/bias'"):
+        again = run(tmp_path / "run", tx=tx, epochs=1, resume=True)
+    assert again.resumed == ""
+    assert run(tmp_path / "run", tx=tx, epochs=1, resume=True).resumed == "resumed at step 5"
+
+
 def test_a_step_of_another_format_version_is_an_error_and_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "VERSION", 2)
     run(tmp_path / "run", epochs=1)
