@@ -318,7 +318,7 @@ def _refuse_names(paths: Sequence[str]) -> None:
         )
 
 
-def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+def nest(leaves: Mapping[str, object]) -> dict[str, Any]:
     """Nested dicts of leaves by path, as they are stored."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():

@@ -228,6 +228,6 @@ def _params(path: Path, step: int | Literal["best"] | None) -> Parameters:
     return Parameters(stored.record, [(stored, "")])
 
 
-def _like(template: Any, leaf: jax.Array) -> Any:
+def _like(template: object, leaf: jax.Array) -> Any:
     """A leaf as the tree had it: a Python number stays one."""
     return leaf if hasattr(template, "dtype") else leaf.item()

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -47,6 +47,8 @@ from jaxgrad._disk.atomic import remove_directory
 from jaxgrad._disk.digest import content_name
 from jaxgrad._text import listed
 from jaxgrad._tree.flat import PyTree
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,7 +371,7 @@ def _best(path: Path, steps: Sequence[int]) -> int:
     return best_first(metrics, newest.mode)[0]
 
 
-def under(node: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
+def under(node: str, leaves: Mapping[str, T]) -> dict[str, T]:
     """The leaves below a node; the node itself, if it is a leaf, by the empty path."""
     if not node:
         return dict(leaves)

@@ -9,10 +9,11 @@ import math
 import mmap
 import struct
 from collections.abc import Iterable, Mapping
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import ArrayLike
 
 from jaxgrad._disk.malformed import MalformedError, checked_int, shorten
 
@@ -42,14 +43,25 @@ DTYPES = {
 _NAMED = {code: np.dtype(getattr(ml_dtypes, name, name)) for name, code in DTYPES.items()}
 
 
+class Storable(Protocol):
+    """What is written: an array of NumPy or JAX, or one that is made when it is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
 class Entry(NamedTuple):
     """A tensor of a file.
 
     Attributes:
         dtype: its dtype.
         shape: its shape.
-        start: where its bytes begin in the file.
-        nbytes: how many there are.
+        start: the offset of its bytes in the file.
+        nbytes: its bytes.
     """
 
     dtype: np.dtype[Any]
@@ -88,8 +100,8 @@ def read_header(data: mmap.mmap) -> tuple[dict[str, Entry], dict[str, str]]:
     return entries, {k: v for k, v in metadata.items() if isinstance(v, str)}
 
 
-def write(file: IO[bytes], arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """Writes arrays in the order of the mapping, each read to the host in its turn."""
+def write(file: IO[bytes], arrays: Mapping[str, Storable], metadata: Mapping[str, str]) -> None:
+    """Writes arrays in the order of the mapping, and holds one at a time in host memory."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name, x in arrays.items():
@@ -106,9 +118,9 @@ def write(file: IO[bytes], arrays: Mapping[str, Any], metadata: Mapping[str, str
         file.write(raw(x))
 
 
-def raw(x: Any) -> memoryview:
-    """The bytes of an array, in the machine's order of them."""
-    x = np.ascontiguousarray(np.asarray(x)).reshape(-1)
+def raw(array: ArrayLike | Storable) -> memoryview:
+    """The bytes of an array, in native byte order."""
+    x = np.ascontiguousarray(np.asarray(array)).reshape(-1)
     if not x.dtype.isnative:
         x = x.astype(x.dtype.newbyteorder("="))
     return x.view(np.uint8).data
@@ -127,8 +139,8 @@ def parse_json(text: bytes) -> dict[str, Any]:
     return parsed
 
 
-def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    made: dict[str, Any] = {}
+def _unique(pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
+    made: dict[str, object] = {}
     for key, value in pairs:
         if key in made:
             raise MalformedError("the JSON names this twice", shorten(key))
@@ -136,7 +148,7 @@ def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _entry(fields: Any, base: int, end: int) -> Entry:
+def _entry(fields: object, base: int, end: int) -> Entry:
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         raise MalformedError("expected exactly dtype, shape and data_offsets")
     code, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]

@@ -125,11 +125,11 @@ def on_disk(
     """Fills files in a folder, a few chunks each; complete files are kept as they are.
 
     Args:
-        specs: the whole of each value.
+        specs: shape and dtype of each value over all examples.
         starts: first rows of the chunks; the last chunk may overlap the one before it.
         rows: rows per chunk.
         compute: from a first row to a chunk's values.
-        folder: where the files go; nothing else must be in it.
+        folder: the folder for the files, and for nothing else.
     """
     folder.mkdir(parents=True, exist_ok=True)
     total = specs[0].shape[0]
@@ -163,7 +163,7 @@ class Layout:
     bytes_per_row: int
 
     def path(self, file: int) -> Path:
-        """Where a file is."""
+        """The path of a file."""
         return self.folder / f"{file:06d}.bin"
 
     def rows(self, file: int) -> tuple[int, int]:
@@ -171,13 +171,13 @@ class Layout:
         return file * self.per_file, min((file + 1) * self.per_file, self.total)
 
     def complete(self, file: int) -> bool:
-        """Whether a file is there with all its rows."""
+        """Whether a file exists with all its rows."""
         begin, end = self.rows(file)
         path = self.path(file)
         return path.exists() and path.stat().st_size == (end - begin) * self.bytes_per_row
 
     def write(self, file: int, arrays: Sequence[np.ndarray]) -> None:
-        """Writes a file so that it is there whole or not at all."""
+        """Writes a file, complete or not at all."""
         with replacing(self.path(file)) as f:
             for array in arrays:
                 f.write(raw(array))
@@ -189,7 +189,7 @@ class DiskArray:
 
     Attributes:
         layout: which rows are in which file.
-        shape: the shape of the whole.
+        shape: the shape over all examples.
         dtype: the dtype as stored.
         offset: bytes per row of the values before it.
     """

@@ -2,13 +2,13 @@
 
 Everything goes by path. A leaf that was trained and is frozen now keeps the value that it had
 reached; optimizer state that belongs to a leaf still trained survives, with the steps that it has
-counted; what is trained anew starts with fresh state. What was done is said in one line.
+counted; a newly trained leaf starts with fresh state. One line reports what was done.
 """
 
 import dataclasses
 import re
+from collections.abc import Sized
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jaxgrad._tree.flat import PyTree, flatten, is_array, paths
 
 
 def restore_params(saved: Saved, params: PyTree, where: str) -> PyTree:
-    """The parameters with the values that were saved; all of them, and only where they fit."""
+    """The parameters with their saved values: all of them, or an error if one does not fit."""
     flat = flatten(params)
     wanted = {p: x for p, x in zip(flat.paths, flat.leaves, strict=True) if is_array(x)}
     check_fit(Path(where), saved.params, wanted)
@@ -34,7 +34,7 @@ def restore_opt_state(saved: Saved, fresh: PyTree, trainable: PyTree) -> tuple[P
     """The optimizer state with the arrays that survive, and a line on what was resumed."""
     flat = flatten(fresh)
     needed = {p: x for p, x in zip(flat.paths, flat.leaves, strict=True) if is_array(x)}
-    # A leaf may have gone from one group to another; a counter belongs to its group.
+    # A leaf may have moved to another group; a counter belongs to its group.
     leaves = tuple("/" + path for path in paths(trainable))
     by_suffix = {_apart_from_groups(p): p for p in saved.opt_state if p.endswith(leaves)}
     kept: dict[str, str] = {}
@@ -57,7 +57,7 @@ def refuse_other_settings(saved: Saved, settings: Settings, where: str) -> None:
         if (then := getattr(saved.record.settings, name)) != now:
             raise CheckpointError(
                 f"the run in '{where}' has {name} {then}, and this call {now}: its next step would "
-                "be of other rows. Call fit as the run was called, or start a new one."
+                "take other rows. Call fit as the run was called, or start a new one."
             )
 
 
@@ -72,7 +72,7 @@ def position_of(saved: Saved, where: str) -> Position:
     return positions[min(jax.process_index(), len(positions) - 1)]
 
 
-def _line(saved: Saved, trainable: PyTree, needed: dict[str, Any], kept: dict[str, str]) -> str:
+def _line(saved: Saved, trainable: PyTree, needed: Sized, kept: dict[str, str]) -> str:
     now, then = set(paths(trainable)), set(saved.record.trained)
     line = f"resumed at step {saved.record.step}"
     for what, leaves in (("newly trained", now - then), ("frozen now", then - now)):
@@ -87,5 +87,5 @@ def _line(saved: Saved, trainable: PyTree, needed: dict[str, Any], kept: dict[st
 
 
 def _apart_from_groups(path: str) -> str:
-    """The path whichever of the `param_groups` the leaf is in."""
+    """The path without the number of the leaf's group in `param_groups`."""
     return re.sub(r"(^|/)groups/\d+(?=/)", r"\1groups", path)

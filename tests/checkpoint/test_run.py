@@ -249,7 +249,7 @@ def test_directories_that_are_taken(tmp_path):
 
 def test_a_run_that_was_called_otherwise(tmp_path):
     run(tmp_path / "run", epochs=1)
-    text = "has batch_size 5, and this call 6: its next step would be of other rows."
+    text = "has batch_size 5, and this call 6: its next step would take other rows."
     refused(text, tmp_path / "run", batch_size=6, resume=True)
     refused("has key", tmp_path / "run", key=jax.random.key(1), resume=True)
     _, _, dataset = make()
