@@ -255,7 +255,7 @@ def test_a_taken_directory_is_told_before_the_training(runs, monkeypatch, capsys
     mine.mkdir()
     argv = ["finetune", "--from", runs / "pretrained", "--out", mine]
     status, _, err = output(capsys, *argv)
-    assert status == 1 and "exists and is no checkpoint, so it is not replaced" in err
+    assert status == 1 and "exists and is not a checkpoint, so it is not replaced" in err
 
 
 @pytest.mark.parametrize(
