@@ -15,9 +15,9 @@ import jax
 from jaxgrad._checkpoint.arrays import check_fit, encode, nest, read, write
 from jaxgrad._checkpoint.record import CheckpointError, Json, Record
 from jaxgrad._checkpoint.run import Parameters, is_run, params_of
-from jaxgrad._tree.flat import PyTree, flatten, is_array, paths
-from jaxgrad._tree.select import partition
-from jaxgrad._tree.wrt import Wrt, match
+from jaxgrad._tree.flat import PyTree, flatten, is_array
+from jaxgrad._tree.select import partition, resolve, select
+from jaxgrad._tree.wrt import Wrt
 
 T = TypeVar("T")
 
@@ -83,7 +83,7 @@ def save(
     tree = encode(params if wrt is None else partition(params, wrt)[0])
     if not tree.arrays:
         raise CheckpointError("a checkpoint holds arrays, and this tree has none with an element.")
-    names = () if trained is None else tuple(paths(partition(params, trained)[0]))
+    names = () if trained is None else tuple(select(params, trained).paths)
     record = Record(trained=names, config=dict(config or {}))
     try:
         record.to_json()
@@ -162,7 +162,7 @@ def load(
     params = _params(path, step)
     held = params.shapes()
     flat = flatten(nest(held) if into is None else into)
-    chosen = [True] * len(flat.paths) if wrt is None else match(flat, wrt)
+    chosen = [True] * len(flat.leaves) if wrt is None else resolve(flat, wrt).flags
     wanted = {
         p: x for p, x, c in zip(flat.paths, flat.leaves, chosen, strict=True) if c and is_array(x)
     }
