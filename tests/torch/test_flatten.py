@@ -144,3 +144,21 @@ def test_writing_refuses_what_reading_refuses():
         rules=[jt.Rule("fc", flatten=4)],
     )
     np.testing.assert_array_equal(back["fc"]["kernel"], tensor(24, 5))
+
+
+@pytest.mark.parametrize("in_file", [True, False])
+def test_a_layer_that_is_not_loaded_is_declared_only_to_be_written(in_file):
+    tree = params(conv=CONV, fc=(24, 5))
+    source = conv("conv", 4, 1) | (linear("fc", 5, 24) if in_file else {})
+    report = jt.match(tree, source, wrt="conv/**")
+    assert report.kept == {"fc/kernel": "not selected"}
+    with pytest.raises(jt.MappingError, match=r"Rule\('fc', flatten=4\)"):
+        jt.to_torch(report.apply(), like=report)
+    back = jt.to_torch(report.apply(), like=report, rules=[jt.Rule("fc", flatten=4)])
+    assert list(back) == ["conv.weight", "fc.weight"]
+
+
+def test_a_layer_that_is_not_loaded_still_tells_of_a_flatten():
+    source = conv("conv", 4, 1) | linear("fc", 5, 24)
+    with pytest.raises(jt.MappingError, match=r"Rule\('fc', flatten=4\)"):
+        jt.load_into(params(conv=CONV, fc=(24, 5)), source, wrt="fc/**")

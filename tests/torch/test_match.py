@@ -218,40 +218,81 @@ def test_two_names_for_one_leaf():
     assert "the tensors 'a.weight' and 'b.weight' both go by the name 'fc/weight'" in message
 
 
-# Partial.
+# A selection.
 
 
-def test_partial_leaves_stay_and_are_listed():
+def test_leaves_that_are_not_selected_stay_and_are_listed():
     params = {"fc": dense(2, 2), "head": dense(2, 5)}
-    report = jt.match(params, linear("fc", 2, 2), partial="head/**")
-    assert report.kept == {"head/kernel": "not in the file", "head/bias": "not in the file"}
+    report = jt.match(params, linear("fc", 2, 2), wrt="!head/**")
+    assert report.kept == {"head/kernel": "not selected", "head/bias": "not selected"}
     filled = report.apply()
     assert filled["head"]["kernel"] is params["head"]["kernel"]
     assert "2 of 4 leaves filled" in repr(report)
 
 
-def test_a_new_head_of_another_size_stays_as_a_whole():
-    """The bias has the old size by chance; half an old head is no head."""
-    params = {"fc": dense(4, 5)}
-    report = jt.match(params, linear("fc", 5, 3), partial="fc/**")
-    assert report.kept.keys() == {"fc/kernel", "fc/bias"}
-    assert report.dropped.keys() == {"fc.weight", "fc.bias"}
+@pytest.mark.parametrize("outputs", [5, 4])
+def test_a_layer_that_is_not_selected_stays_though_the_file_has_it(outputs):
+    params = {"fc": dense(4, 5), "head": dense(5, 5)}
+    source = linear("fc", 5, 4) | linear("head", outputs, 5)
+    report = jt.match(params, source, wrt="fc/**")
+    assert report.kept.keys() == {"head/kernel", "head/bias"}
+    assert report.dropped == dict.fromkeys(["head.weight", "head.bias"], "head is not selected")
+    filled = report.apply()
+    assert filled["head"]["bias"] is params["head"]["bias"]
+    np.testing.assert_array_equal(filled["fc"]["bias"], tensor(5))
 
 
-def test_partial_fills_what_the_file_has_under_the_same_name_only():
+def test_a_layer_of_which_one_leaf_is_selected():
+    params = {"fc": dense(2, 3)}
+    report = jt.match(params, linear("fc", 3, 2), wrt="fc/bias")
+    assert sources(report) == {"fc/bias": ("fc.bias",)}
+    assert report.kept == {"fc/kernel": "not selected"}
+    assert report.dropped == {"fc.weight": "fc/kernel is not selected"}
+    filled = report.apply()["fc"]
+    assert filled["kernel"] is params["fc"]["kernel"]
+    np.testing.assert_array_equal(filled["bias"], tensor(3))
+    back = jt.to_torch(report.apply(), like=report)
+    assert list(back) == ["fc.weight", "fc.bias"] and not back["fc.weight"].any()
+
+
+def test_one_block_of_packed_attention():
+    model = nnx.MultiHeadAttention(1, 2, use_bias=False, rngs=nnx.Rngs(0))
+    source = {"in_proj_weight": tensor(6, 2), "out_proj.weight": tensor(2, 2)}
+    report = jt.match(model, source, wrt="key/kernel")
+    assert sources(report) == {"key/kernel": ("in_proj_weight",)}
+    assert report.dropped == {"out_proj.weight": "out/kernel is not selected"}
+
+
+def test_a_selected_leaf_must_be_in_the_file():
+    params = {"fc": dense(2, 2), "head": dense(2, 3)}
+    message = refused(params, linear("fc", 2, 2), wrt="head/bias")
+    assert message.startswith("the mapping does not fit the parameters: 1 problem\nmissing:")
+    assert "'head/bias' float32[3]: the file has no 'head.bias'" in message
+    message = refused({"fc": dense(2, 2)}, {"fc.weight": tensor(2, 2)}, wrt=["fc/kernel", "fc/b*"])
+    assert "'fc/bias' float32[2]: the file has no 'fc.bias'" in message
+
+
+def test_a_tensor_of_no_leaf_is_left_over_whatever_is_selected():
     params = {"fc": dense(2, 2), "head": dense(3, 2)}
-    report = jt.match(params, linear("fc", 2, 2) | linear("head", 2, 3), partial="head/**")
-    assert not report.kept
-    message = refused(params, linear("fc", 2, 2) | linear("aux", 2, 3), partial="head/**")
-    assert (
-        "left over:\n  'aux.weight' float32[2,3]: nearest unfilled: 'head/kernel'" in message
-        or ("left over:\n  'aux.weight' float32[2,3]" in message)
-    )
+    message = refused(params, linear("fc", 2, 2) | linear("aux", 2, 3), wrt="!head/**")
+    assert "left over:\n  'aux.weight' float32[2,3]" in message
 
 
-def test_partial_that_matches_nothing():
+def test_a_layer_that_is_not_selected_needs_no_declaration():
+    """Its layer type and the epsilon of a norm don't matter to what is loaded."""
+    params = {"fc": dense(2, 3), "table": np.zeros((3, 3), np.float32)}
+    report = jt.match(params, linear("fc", 3, 2) | {"table": tensor(3, 3)}, wrt="fc/**")
+    assert report.kept == {"table": "not selected"}
+    with pytest.raises(jt.MappingError, match=r"Rule\('table', layer=\.\.\.\)"):
+        jt.to_torch(report.apply(), like=report)
+    norm = module_file("LayerNorm", {"eps": 1e-5}, weight=tensor(3), bias=tensor(3))
+    model = nnx.LayerNorm(3, rngs=nnx.Rngs(0))
+    assert not jt.match(model, norm, wrt=lambda path, leaf: False).entries
+
+
+def test_a_selection_that_matches_nothing():
     with pytest.raises(ValueError, match=r"wrt pattern 'haed/\*\*' matches no leaf"):
-        jt.load_into({"head": dense(2, 2)}, {}, partial="haed/**")
+        jt.load_into({"head": dense(2, 2)}, {}, wrt="haed/**")
 
 
 # Errors.
@@ -272,7 +313,7 @@ def test_missing_and_left_over():
     )
     assert "left over:\n  'heads.weight' float32[3,3]: nearest unfilled: 'head/kernel'" in message
     assert 'rules=[("<PyTorch name>", "<Flax path>")]' in message
-    assert 'partial="<Flax path>/**"' in message
+    assert 'wrt="!<Flax path>/**"' in message
 
 
 def test_a_tensor_that_its_layer_has_no_leaf_for():

@@ -5,9 +5,11 @@ layer's type lays out its tensors (`_layouts`, `_decide`), and shapes and dtypes
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from jaxgrad._tree import wrt as _wrt
+from jaxgrad._tree.flat import PyTree
+from jaxgrad._tree.wrt import Wrt
+from jaxgrad._tree.wrt import match as _chosen
 from jaxgrad.torch._mapping import pairing
 from jaxgrad.torch._mapping import rules as _rules
 from jaxgrad.torch._mapping.flax_layers import Layer, Tree, bare, read_tree
@@ -19,9 +21,7 @@ from jaxgrad.torch._mapping.source import File, Source
 T = TypeVar("T")
 
 
-def load_into(
-    params: T, source: Source, *, rules: Rules = (), partial: _wrt.Wrt | None = None
-) -> T:
+def load_into(params: T, source: Source, *, rules: Rules = (), wrt: Wrt | None = None) -> T:
     """Returns a Flax tree filled with the values of a PyTorch file.
 
     Layouts go by layer type: the classes of an NNX module, else the names of Flax's leaves
@@ -34,8 +34,8 @@ def load_into(
         source: the file's path, a `Checkpoint`, or a mapping from PyTorch names to arrays.
         rules: ordered (pattern, replacement) pairs from PyTorch names to Flax paths, where the
             structure doesn't decide, and `Rule`s for what else must be declared.
-        partial: the Flax leaves that may stay at their initial value, as a `wrt`:
-            `"head/**"`. They are filled where the file has them under their name.
+        wrt: the Flax leaves to load, all by default; see `select`. The file must have each of
+            them. The others keep their initial value: `"!head/**"` loads all but a new head.
 
     Returns:
         A new tree of the same kind.
@@ -43,6 +43,7 @@ def load_into(
     Raises:
         MappingError: a name is missing, left over, or differs in shape or dtype; a layout or a
             flatten must be declared. The message lists all of them, with the nearest candidates.
+        SelectionError: `wrt` does not fit `params`; see `select`.
         TorchFileError: the file can't be read.
 
     Example:
@@ -53,26 +54,23 @@ def load_into(
 
     Source: `model.load_state_dict(torch.load(path))`.
     """
-    return match(params, source, rules=rules, partial=partial).apply()
+    return match(params, source, rules=rules, wrt=wrt).apply()
 
 
-def match(
-    params: Any, source: Source, *, rules: Rules = (), partial: _wrt.Wrt | None = None
-) -> Report:
+def match(params: PyTree, source: Source, *, rules: Rules = (), wrt: Wrt | None = None) -> Report:
     """Returns the report of what `load_into` would do, which carries it out with `apply()`.
 
     Args:
         params: as in `load_into`.
         source: as in `load_into`.
         rules: as in `load_into`.
-        partial: as in `load_into`.
+        wrt: as in `load_into`.
 
     Returns:
         A `Report`: every leaf, what fills it, by which layout and why, and what is not used.
 
     Raises:
-        MappingError: as `load_into`.
-        TorchFileError: as `load_into`.
+        MappingError, SelectionError, TorchFileError: as in `load_into`.
 
     Example:
         >>> import numpy as np, jaxgrad as jg
@@ -94,14 +92,8 @@ def match(
         own=_own_names(layers),
         bare=[layer.path for layer in layers if layer.kind == "?"],
     )
-    optional = _optional(tree, partial)
-    matches = pairing.pair(
-        layers,
-        names.groups,
-        file.tensors,
-        lambda layer: all(leaf.path in optional for leaf in layer.leaves.values()),
-    )
-    ledger = Ledger(file, tree, optional, dropped=dict(names.dropped))
+    ledger = Ledger(file, tree, _selected(tree, wrt), dropped=dict(names.dropped))
+    matches = pairing.pair(layers, names.groups, file.tensors, ledger.loads)
     ledger.settle(matches)
     ledger.account(layers, names.groups, matches)
     return ledger.report()
@@ -119,8 +111,6 @@ def _own_names(layers: Sequence[Layer]) -> dict[str, str]:
     return own
 
 
-def _optional(tree: Tree, partial: _wrt.Wrt | None) -> set[str]:
-    if partial is None:
-        return set()
-    chosen = _wrt.match(tree.flat, partial)
+def _selected(tree: Tree, wrt: Wrt | None) -> set[str]:
+    chosen = [True] * len(tree.flat.paths) if wrt is None else _chosen(tree.flat, wrt)
     return {leaf.path for leaf in tree.leaves if chosen[leaf.index]}

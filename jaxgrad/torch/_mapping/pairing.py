@@ -33,7 +33,7 @@ def pair(
     layers: Sequence[Layer],
     groups: Sequence[Group],
     tensors: Mapping[str, np.ndarray],
-    optional: Callable[[Layer], bool],
+    loads: Callable[[Layer], bool],
 ) -> list[Match]:
     """Pairs layers with modules; what has no partner is left out.
 
@@ -41,7 +41,7 @@ def pair(
         layers: of the Flax tree.
         groups: modules of the file, renamed.
         tensors: by the names in the file.
-        optional: says that a layer may stay as it is; it is paired by name alone.
+        loads: whether any leaf of a layer is to be loaded; other layers pair by name alone.
     """
     matches: list[Match] = []
     # Layers compare by their paths: two may not share one.
@@ -60,7 +60,7 @@ def pair(
     progress = True
     while progress:
         progress = False
-        needed = [layer for layer in open_layers.values() if not optional(layer)]
+        needed = [layer for layer in open_layers.values() if loads(layer)]
         for ours, theirs in _of_one_shape(needed, list(open_groups.values()), tensors):
             if len(ours) == len(theirs) == 1:
                 progress |= take([(ours[0], theirs[0])], "only one that fits")

@@ -18,6 +18,7 @@ from jaxgrad.torch._mapping.rules import Group, describe
 from jaxgrad.torch._mapping.source import File
 
 _MOST_COMPARED = 30_000
+_NOT_SELECTED = "not selected"
 
 
 @dataclasses.dataclass
@@ -26,7 +27,7 @@ class Ledger:
 
     file: File
     tree: Tree
-    optional: set[str]
+    selected: set[str]
     dropped: dict[str, str]
     entries: dict[str, Entry] = dataclasses.field(default_factory=dict)
     pairs: list[Pair] = dataclasses.field(default_factory=list)
@@ -34,37 +35,41 @@ class Ledger:
     problems: list[Problem] = dataclasses.field(default_factory=list)
     compared: int = 0
 
+    def loads(self, layer: Layer) -> bool:
+        """Whether any leaf of the layer is to be loaded."""
+        return any(leaf.path in self.selected for leaf in layer.leaves.values())
+
     def settle(self, matches: Sequence[Match]) -> None:
-        """Decides each pair's layout, and checks names, shapes and dtypes."""
+        """Decides the layout of each pair, and checks what is to be loaded.
+
+        A layer that is not selected raises no problem. It still counts as evidence for a flatten,
+        and keeps its names for the way back where its layout is certain.
+        """
         shapes = {name: x.shape for name, x in self.file.tensors.items()}
         place = {name: i for i, name in enumerate(shapes)}
         matches = sorted(matches, key=lambda m: min(place[n] for n in m.group.tensors.values()))
-        layers = [resolve.typed(m, self.file.kind(m.group), shapes) for m in matches]
-        self.problems += [layer for layer in layers if isinstance(layer, Problem)]
-        matches = [
-            m._replace(layer=layer)
-            for m, layer in zip(matches, layers, strict=True)
-            if isinstance(layer, Layer)
-        ]
-        channels, problems = resolve.channels(matches, self.tree)
-        self.problems += problems
-        for layer, group, why in matches:
-            if differs := resolve.settings(layer, self.file.config(group)):
-                self.problems.append(differs)
+        typed: list[Match] = []
+        for m in matches:
+            found = resolve.typed(m, self.file.kind(m.group), shapes)
+            if isinstance(found, Layer):
+                typed.append(m._replace(layer=found))
+            elif self.loads(m.layer):
+                self.problems.append(found)
+            else:
+                typed.append(m)
+        channels, undeclared = resolve.channels(typed, self.tree)
+        for layer, group, why in typed:
             parts = layer.parts(
                 channels=channels.get(layer.path, 1), separate="q_proj_weight" in group.tensors
             )
-            self.pairs.append(Pair(layer, parts, group.tensors, why))
-            if not self._keep_whole(layer, group, parts):
-                for part in parts:
-                    self._check(layer, group, part, why)
-            known = {source for part in parts for source in part.sources}
-            for short, name in group.tensors.items():
-                if short not in known:
-                    reason = f"its layer {layer.path!r} has no leaf for it"
-                    if short.startswith("running_"):
-                        reason += "; Linen's are in batch_stats: pass all variables"
-                    self._left_over(name, reason)
+            if not layer.kind.endswith("?") and layer.path not in undeclared:
+                self.pairs.append(Pair(layer, parts, group.tensors, why))
+            if not self.loads(layer):
+                self._keep(layer, group)
+                continue
+            differs = resolve.settings(layer, self.file.config(group))
+            self.problems += [p for p in (undeclared.get(layer.path), differs) if p is not None]
+            self._load(layer, group, parts, why)
 
     def account(
         self, layers: Sequence[Layer], groups: Sequence[Group], matches: Sequence[Match]
@@ -103,26 +108,29 @@ class Ledger:
             tuple(in_order), self.kept, self.dropped, self.pairs, self.tree, self.file.tensors
         )
 
-    def _keep_whole(self, layer: Layer, group: Group, parts: Sequence[Part]) -> bool:
-        """Keeps a layer that may stay as it is, if one of its tensors has another shape.
+    def _keep(self, layer: Layer, group: Group) -> None:
+        self.kept |= {leaf.path: _NOT_SELECTED for leaf in layer.leaves.values()}
+        self.dropped |= dict.fromkeys(group.tensors.values(), f"{layer.path} is not selected")
 
-        A new head often shares its name and some shapes with the old one; half of each is neither.
-        """
-        if any(leaf.path not in self.optional for leaf in layer.leaves.values()):
-            return False
-        shapes = {source: self.file.tensors[name].shape for source, name in group.tensors.items()}
-        if all(
-            shapes.get(source, wanted) == wanted
-            for part in parts
-            for wanted in [part.torch_shape(layer.leaves[part.leaf].shape)]
-            for source in part.sources
-        ):
-            return False
-        for leaf in layer.leaves.values():
-            self.kept[leaf.path] = "the file has it in other shapes"
-        for name in group.tensors.values():
-            self.dropped[name] = f"{layer.path} has other shapes and stays as it is"
-        return True
+    def _load(self, layer: Layer, group: Group, parts: Sequence[Part], why: str) -> None:
+        """Enters the selected leaves of a layer, and accounts for each of its tensors."""
+        takers: dict[str, list[str]] = {}
+        for part in parts:
+            path = layer.leaves[part.leaf].path
+            for source in part.sources:
+                takers.setdefault(source, []).append(path)
+            if path in self.selected:
+                self._check(layer, group, part, why)
+            else:
+                self.kept[path] = _NOT_SELECTED
+        for short, name in group.tensors.items():
+            if short not in takers:
+                reason = f"its layer {layer.path!r} has no leaf for it"
+                if short.startswith("running_"):
+                    reason += "; Linen's are in batch_stats: pass all variables"
+                self._left_over(name, reason)
+            elif self.selected.isdisjoint(takers[short]):
+                self.dropped[name] = f"{takers[short][0]} is not selected"
 
     def _check(self, layer: Layer, group: Group, part: Part, why: str) -> None:
         """Enters a leaf that all agrees on; lists what does not."""
@@ -157,8 +165,8 @@ class Ledger:
             )
 
     def _missing(self, leaf: Leaf, wanted: Sequence[str], free: Iterable[str]) -> None:
-        if leaf.path in self.optional:
-            self.kept.setdefault(leaf.path, "not in the file")
+        if leaf.path not in self.selected:
+            self.kept[leaf.path] = _NOT_SELECTED
             return
         close = self._nearest(wanted[0] if wanted else leaf.path.replace("/", "."), free)
         found = [describe(name, self.file.tensors[name]) for name in close]

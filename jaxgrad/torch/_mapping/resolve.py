@@ -67,31 +67,30 @@ def settings(layer: Layer, config: Mapping[str, Any]) -> Problem | None:
     return None
 
 
-def channels(matches: Sequence[Match], tree: Tree) -> tuple[dict[str, int], list[Problem]]:
-    """Layers behind a flatten to the channels before it, and those that must be declared."""
+def channels(matches: Sequence[Match], tree: Tree) -> tuple[dict[str, int], dict[str, Problem]]:
+    """Paths of layers to the channels before their flatten, or to why it must be declared."""
     if tree.flattens_channels_first:
-        return {}, []
-    steps = {m.layer.path: _step(m) for m in matches if m.layer.kind != "same"}
+        return {}, {}
+    steps = {m.layer.path: _step(m) for m in matches if m.layer.kind not in ("same", "?")}
     place = {path: i for i, path in enumerate(map(bare, tree.order))}
     model = sorted(
         (m.layer for m in matches if m.layer.path in steps),
         key=lambda layer: min(place.get(bare(x.path), len(place)) for x in layer.leaves.values()),
     )
     suspects = conv_flatten.suspects(list(steps.values()), [steps[x.path] for x in model])
-    found, problems = {}, []
+    found: dict[str, int] = {}
+    problems: dict[str, Problem] = {}
     for layer, group, _ in matches:
         if layer.kind not in ("linear", "norm") or layer.path not in steps:
             continue
         step = steps[layer.path]
         if group.flatten is None and step.name in suspects:
-            problems.append(Problem("flatten", _undeclared(step, suspects[step.name])))
+            problems[layer.path] = Problem("flatten", _undeclared(step, suspects[step.name]))
         elif group.flatten and step.inputs % group.flatten:
-            problems.append(
-                Problem(
-                    "flatten",
-                    f"{step.name!r} takes {step.inputs} features, which is no multiple of the "
-                    f"{group.flatten} channels that a rule declares",
-                )
+            problems[layer.path] = Problem(
+                "flatten",
+                f"{step.name!r} takes {step.inputs} features, which is no multiple of the "
+                f"{group.flatten} channels that a rule declares",
             )
         else:
             found[layer.path] = group.flatten or 1

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxgrad._tree import wrt
+from jaxgrad._tree.wrt import Wrt
 from jaxgrad.torch._mapping.load_into import load_into
 from jaxgrad.torch._mapping.report import MappingError
 from jaxgrad.torch._mapping.rules import Rules
@@ -49,7 +49,7 @@ def verify(
     *,
     apply: Callable[..., Any] | None = None,
     rules: Rules = (),
-    partial: wrt.Wrt | None = None,
+    wrt: Wrt | None = None,
     atol: float = 1e-5,
     rtol: float = 1e-5,
 ) -> Comparison:
@@ -63,7 +63,7 @@ def verify(
         expected: the recorded output, or a tree of outputs, as the Flax model gives them.
         apply: `(model, *inputs) -> output`, for a parameter tree.
         rules: as in `load_into`.
-        partial: as in `load_into`.
+        wrt: as in `load_into`.
         atol: absolute tolerance, in units of the output.
         rtol: tolerance relative to each recorded value.
 
@@ -86,7 +86,7 @@ def verify(
     Source: `torch.testing.assert_close(model(inputs), expected)`.
     """
     if source is not None:
-        model = load_into(model, source, rules=rules, partial=partial)
+        model = load_into(model, source, rules=rules, wrt=wrt)
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     if apply is not None:
         outputs = apply(model, *arguments)

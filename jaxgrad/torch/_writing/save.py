@@ -19,7 +19,7 @@ from jaxgrad.torch._mapping import rules as _rules
 from jaxgrad.torch._mapping.flax_layers import Layer, Tree, read_tree
 from jaxgrad.torch._mapping.layouts import Part
 from jaxgrad.torch._mapping.pairing import Match
-from jaxgrad.torch._mapping.report import MappingError, Problem, Report, fault
+from jaxgrad.torch._mapping.report import MappingError, Pair, Problem, Report, fault
 from jaxgrad.torch._mapping.rules import Group, Rules
 from jaxgrad.torch._writing import state_dict as _state_dict
 
@@ -130,7 +130,7 @@ def to_torch(
         for layer in tree.layers(packed_attention=True)
         if not any(leaf.path in covered for leaf in layer.leaves.values())
     ]
-    new = _by_default(tree, layers, rules)
+    new = _by_default(tree, layers, () if like is None else like._pairs, rules)
     if twice := known.keys() & new.keys():
         raise MappingError(f"two tensors go by the name {min(twice)!r}: rename one by rules")
     return known | new
@@ -162,7 +162,16 @@ def _prefix(names: Any) -> str:
     return name.removesuffix(short)
 
 
-def _by_default(tree: Tree, layers: Sequence[Layer], rules: Rules) -> dict[str, np.ndarray]:
+def _in_order(matches: Sequence[Match], tree: Tree) -> list[Match]:
+    def place(m: Match) -> int:
+        return min(tree.by_path[leaf.path].index for leaf in m.layer.leaves.values())
+
+    return sorted(matches, key=place)
+
+
+def _by_default(
+    tree: Tree, layers: Sequence[Layer], covered: Sequence[Pair], rules: Rules
+) -> dict[str, np.ndarray]:
     made = _rules.as_rules(rules)
     plain = {layer.path: _default_names(layer) for layer in layers}
     _rules.check_used(made, [name for names in plain.values() for name in names.values()])
@@ -181,9 +190,12 @@ def _by_default(tree: Tree, layers: Sequence[Layer], rules: Rules) -> dict[str, 
         for match, layer in zip(matches, typed, strict=True)
         if isinstance(layer, Layer)
     ]
-    channels, suspects = resolve.channels(matches, tree)
-    if problems + suspects:
-        raise fault("the parameters can't be written for PyTorch", problems + suspects)
+    # The layers that `like` covers are evidence for a flatten before one that it doesn't.
+    known = [Match(x.layer, Group(x.layer.path, x.names), x.matched) for x in covered]
+    channels, undeclared = resolve.channels(_in_order([*matches, *known], tree), tree)
+    problems += [undeclared[m.layer.path] for m in matches if m.layer.path in undeclared]
+    if problems:
+        raise fault("the parameters can't be written for PyTorch", problems)
     tensors: dict[str, np.ndarray] = {}
     for layer, group, _ in matches:
         parts = layer.parts(channels=channels.get(layer.path, 1), separate=_separate(layer))
