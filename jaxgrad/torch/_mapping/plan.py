@@ -89,11 +89,19 @@ class Ledger:
                 names = [_dotted(layer, source) for source in part.sources]
                 wanted |= dict.fromkeys(names, leaf.path)
                 self._missing(leaf, names, free)
-        used = {name for entry in self.entries.values() for name in entry.sources}
+        used = {
+            pair.names[source]
+            for pair in self.pairs
+            for part in pair.parts
+            for source in part.sources
+            if source in pair.names
+        }
         for name in free:
-            partners = [n for tie in self.file.tied if name in tie for n in tie if n in used]
-            if partners:
-                self.dropped[name] = f"tied to {partners[0]}"
+            partners = [n for tie in self.file.tied if name in tie for n in tie]
+            if found := next((n for n in partners if n in used), None):
+                self.dropped[name] = f"tied to {found}"
+            elif any(self.dropped.get(n) == _NOT_SELECTED for n in partners):
+                self.dropped[name] = _NOT_SELECTED
             else:
                 close = [wanted[near] for near in self._nearest(name, wanted)]
                 hint = f"nearest unfilled: {_listed(close)}" if close else "no leaf is near"
@@ -110,27 +118,27 @@ class Ledger:
 
     def _keep(self, layer: Layer, group: Group) -> None:
         self.kept |= {leaf.path: _NOT_SELECTED for leaf in layer.leaves.values()}
-        self.dropped |= dict.fromkeys(group.tensors.values(), f"{layer.path} is not selected")
+        self.dropped |= dict.fromkeys(group.tensors.values(), _NOT_SELECTED)
 
     def _load(self, layer: Layer, group: Group, parts: Sequence[Part], why: str) -> None:
         """Enters the selected leaves of a layer, and accounts for each of its tensors."""
-        takers: dict[str, list[str]] = {}
+        taken: dict[str, bool] = {}  # sources, and whether a selected leaf takes them
         for part in parts:
             path = layer.leaves[part.leaf].path
-            for source in part.sources:
-                takers.setdefault(source, []).append(path)
-            if path in self.selected:
+            loaded = path in self.selected
+            taken |= {source: loaded or taken.get(source, False) for source in part.sources}
+            if loaded:
                 self._check(layer, group, part, why)
             else:
                 self.kept[path] = _NOT_SELECTED
         for short, name in group.tensors.items():
-            if short not in takers:
+            if short not in taken:
                 reason = f"its layer {layer.path!r} has no leaf for it"
                 if short.startswith("running_"):
                     reason += "; Linen's are in batch_stats: pass all variables"
                 self._left_over(name, reason)
-            elif self.selected.isdisjoint(takers[short]):
-                self.dropped[name] = f"{takers[short][0]} is not selected"
+            elif not taken[short]:
+                self.dropped[name] = _NOT_SELECTED
 
     def _check(self, layer: Layer, group: Group, part: Part, why: str) -> None:
         """Enters a leaf that all agrees on; lists what does not."""
