@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +19,7 @@ from flax import nnx
 
 from jaxgrad._tree import flat as _flat
 from jaxgrad.torch._mapping import layouts
-from jaxgrad.torch._mapping.layouts import Part, Shape
+from jaxgrad.torch._mapping.layouts import Array, Part, Shape
 from jaxgrad.torch._modules.chain import Flatten
 
 _COLLECTIONS = ("params", "batch_stats")
@@ -132,7 +131,7 @@ class Tree:
     flat: _flat.Flat
     leaves: Sequence[Leaf]
     order: Sequence[str]
-    graphdef: Any = None
+    graphdef: nnx.GraphDef | None = None
     module: nnx.Module | None = None
 
     def layers(self, *, packed_attention: bool) -> list[Layer]:
@@ -175,14 +174,14 @@ class Tree:
             return False
         return any(isinstance(module, Flatten) for _, module in nnx.iter_modules(self.module))
 
-    def filled(self, values: Mapping[str, np.ndarray]) -> Any:
+    def filled(self, values: Mapping[str, np.ndarray]) -> _flat.PyTree:
         """The tree with new values by path; the other leaves are the same objects."""
         leaves = list(self.flat.leaves)
         for leaf in self.leaves:
             if leaf.path in values:
                 leaves[leaf.index] = _like(leaves[leaf.index], values[leaf.path])
         filled = self.flat.treedef.unflatten(leaves)
-        return filled if self.module is None else nnx.merge(self.graphdef, filled, copy=True)
+        return filled if self.graphdef is None else nnx.merge(self.graphdef, filled, copy=True)
 
     def _declared(self) -> Iterator[Layer]:
         """The layers of an NNX module, outermost first, by their classes."""
@@ -224,7 +223,7 @@ class Tree:
                 yield found
 
 
-def read_tree(params: Any) -> Tree:
+def read_tree(params: _flat.PyTree) -> Tree:
     """Takes a parameter tree apart: an NNX module or State, Linen variables, any pytree."""
     if isinstance(params, nnx.Module):
         graphdef, state = nnx.split(params)
@@ -232,7 +231,7 @@ def read_tree(params: Any) -> Tree:
     return Tree(*_leaves(params), tuple(_in_order(params)))
 
 
-def _leaves(tree: Any) -> tuple[_flat.Flat, list[Leaf]]:
+def _leaves(tree: _flat.PyTree) -> tuple[_flat.Flat, list[Leaf]]:
     flat = _flat.flatten(tree)
     skipped = _bookkeeping(tree)
     leaves = []
@@ -245,7 +244,7 @@ def _leaves(tree: Any) -> tuple[_flat.Flat, list[Leaf]]:
     return flat, leaves
 
 
-def _bookkeeping(tree: Any) -> set[str]:
+def _bookkeeping(tree: _flat.PyTree) -> set[str]:
     """Paths of NNX Variables that no file holds: random streams, caches, sown values."""
     kinds = (nnx.RngState, nnx.Cache, nnx.Intermediate)
     nodes, _ = jax.tree_util.tree_flatten_with_path(
@@ -255,10 +254,10 @@ def _bookkeeping(tree: Any) -> set[str]:
     return {keystr(p, simple=True, separator="/") for p, node in nodes if isinstance(node, kinds)}
 
 
-def _in_order(node: Any, path: str = "") -> Iterator[str]:
+def _in_order(node: object, path: str = "") -> Iterator[str]:
     """Paths of the leaves in the order in which the containers hold them."""
     if isinstance(node, nnx.List | list | tuple):
-        items: Iterable[tuple[Any, Any]] = enumerate(node)
+        items: Iterable[tuple[object, object]] = enumerate(node)
     elif isinstance(node, nnx.Module):  # some of which have a `dtype`, as arrays have
         items = [(key, value) for key, value in vars(node).items() if not key.startswith("_")]
     elif isinstance(node, Mapping):
@@ -340,7 +339,7 @@ def _unpacked(layer: Layer) -> Iterator[Layer]:
         yield Layer(f"{layer.path}/{name}".lstrip("/"), "linear", leaves, in_axes=axes)
 
 
-def _like(old: Any, new: np.ndarray) -> Any:
+def _like(old: Array | jax.ShapeDtypeStruct, new: np.ndarray) -> Array:
     """The new value as the leaf was: a NumPy array stays one, a JAX array keeps its sharding."""
     if isinstance(old, np.ndarray):
         return np.array(new)

@@ -11,11 +11,13 @@ backwards they write a PyTorch file, so both directions have one source of truth
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
+import jax
 import numpy as np
 
-Shape = tuple[int, ...]
+Shape: TypeAlias = tuple[int, ...]
+Array: TypeAlias = np.ndarray | jax.Array
 
 
 class Layout(Protocol):

@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxgrad._text import count
+from jaxgrad._tree.flat import PyTree
 from jaxgrad.torch._mapping.flax_layers import Layer, Tree
 from jaxgrad.torch._mapping.layouts import Part
 
@@ -118,7 +119,7 @@ class Report:
     _tree: Tree = dataclasses.field(repr=False)
     _tensors: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
 
-    def apply(self) -> Any:
+    def apply(self) -> PyTree:
         """Returns the tree, of the kind that was given to `match`, with the file's values.
 
         Returns:

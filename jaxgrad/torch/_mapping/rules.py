@@ -8,18 +8,19 @@ what the stars of the pattern matched, in order, so a rule reads as the two name
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
-
-import numpy as np
+from typing import Literal, TypeAlias
 
 from jaxgrad._text import listed, nearest
 from jaxgrad.torch._mapping.flax_layers import KINDS
+from jaxgrad.torch._mapping.layouts import Array
 from jaxgrad.torch._mapping.report import MappingError
 
 # Buffers that hold no learned value: counters, and tables that a constructor computes.
 BOOKKEEPING = frozenset(
     {"num_batches_tracked", "position_ids", "relative_position_index", "inv_freq"}
 )
+Flatten: TypeAlias = int | Literal[False] | None
+"""The channels before a flatten, False where there is none, None where nothing is declared."""
 _OWN = {"weight", "bias", "running_mean", "running_var"}
 PACKED = {"in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
 _CELL = re.compile(r"(weight_ih|weight_hh|bias_ih|bias_hh)(?:_l(\d+)(_reverse)?)?")
@@ -65,7 +66,7 @@ class Rule:
     _: dataclasses.KW_ONLY
     drop: bool = False
     layer: str | None = None
-    flatten: int | Literal[False] | None = None
+    flatten: Flatten = None
 
     def __post_init__(self) -> None:
         what = f"Rule({self.pattern!r})"
@@ -122,7 +123,7 @@ class Group:
     tensors: Mapping[str, str]
     renamed: str | None = None
     layer: str | None = None
-    flatten: int | Literal[False] | None = None
+    flatten: Flatten = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +215,7 @@ def rename(name: str, rules: Sequence[Rule]) -> tuple[str | None, Rule | None]:
     return name.replace(".", "/"), None
 
 
-def declared(names: Iterable[str], rules: Sequence[Rule]) -> tuple[str | None, Any]:
+def declared(names: Iterable[str], rules: Sequence[Rule]) -> tuple[str | None, Flatten]:
     names = list(names)
     matching = [rule for rule in rules if any(rule.renamed(name) is not None for name in names)]
     layer = next((rule.layer for rule in matching if rule.layer is not None), None)
@@ -262,6 +263,6 @@ def check_used(rules: Sequence[Rule], names: Sequence[str]) -> None:
             raise MappingError(f"the rule {str(rule)!r} matches no name in the file{hint}")
 
 
-def describe(name: str, array: np.ndarray) -> str:
+def describe(name: str, array: Array) -> str:
     """`'fc1.weight' float32[512,784]`."""
     return f"{name!r} {array.dtype}[{','.join(map(str, array.shape))}]"

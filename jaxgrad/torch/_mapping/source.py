@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from jaxgrad.torch._mapping.report import MappingError
 from jaxgrad.torch._mapping.rules import Group
 from jaxgrad.torch._reading.module import Module
 from jaxgrad.torch._reading.read import Checkpoint, read
 
-Source: TypeAlias = str | os.PathLike[str] | Checkpoint | Mapping[str, Any]
+Source: TypeAlias = str | os.PathLike[str] | Checkpoint | Mapping[str, ArrayLike]
 """A PyTorch file's path, what `read` made of it, or a mapping from names to arrays."""
 
 _TORCH_KINDS = {

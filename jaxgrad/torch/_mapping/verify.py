@@ -5,12 +5,12 @@ Shapes and names can agree while a gate, an axis or an epsilon is wrong. Only th
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
+from jaxgrad._tree.flat import PyTree
 from jaxgrad._tree.wrt import Wrt
 from jaxgrad.torch._mapping.load_into import load_into
 from jaxgrad.torch._mapping.report import MappingError
@@ -42,12 +42,12 @@ class Comparison:
 
 
 def verify(
-    model: Any,
+    model: PyTree,
     source: Source | None,
-    inputs: Any,
-    expected: Any,
+    inputs: PyTree,
+    expected: PyTree,
     *,
-    apply: Callable[..., Any] | None = None,
+    apply: Callable[..., PyTree] | None = None,
     rules: Rules = (),
     wrt: Wrt | None = None,
     atol: float = 1e-5,
@@ -99,14 +99,14 @@ def verify(
     return _compare(outputs, expected, atol, rtol)
 
 
-def _inference(model: nnx.Module) -> Callable[..., Any]:
+def _inference(model: nnx.Module) -> Callable[..., PyTree]:
     """A copy in inference mode: batch statistics are used, nothing is dropped or written."""
     model = nnx.clone(model)
     model.eval()
     return model  # pyright: ignore[reportReturnType]
 
 
-def _compare(outputs: Any, expected: Any, atol: float, rtol: float) -> Comparison:
+def _compare(outputs: PyTree, expected: PyTree, atol: float, rtol: float) -> Comparison:
     ours, theirs = (jax.tree_util.tree_flatten_with_path(tree)[0] for tree in (outputs, expected))
     names = [[jax.tree_util.keystr(path) for path, _ in side] for side in (ours, theirs)]
     if names[0] != names[1]:

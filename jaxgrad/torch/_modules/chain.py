@@ -3,14 +3,16 @@
 Arrays run through a chain with their channels last, as Flax's convolutions want them.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-Array = jax.Array
+Array: TypeAlias = jax.Array
+Layer: TypeAlias = nnx.Module | Callable[..., Array]
+"""A module that can be called, or a function of one array."""
 
 
 class Chain(nnx.Module):
@@ -37,7 +39,7 @@ class Chain(nnx.Module):
 
     def __init__(
         self,
-        layers: dict[str, Any],
+        layers: Mapping[str, Layer],
         forward: Sequence[str | Callable[[Array], Array]] | None = None,
     ):
         for name, layer in layers.items():
@@ -60,7 +62,7 @@ class Chain(nnx.Module):
             x = layer(x, rngs=rngs) if takes_rngs else layer(x)
         return x
 
-    def _at(self, name: str) -> Any:
+    def _at(self, name: str) -> Layer:
         layer = self
         for part in name.split("."):
             layer = getattr(layer, part)

@@ -14,7 +14,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,13 @@ from jaxgrad.torch._mapping.report import MappingError
 from jaxgrad.torch._mapping.rules import Rules
 from jaxgrad.torch._mapping.source import Source
 from jaxgrad.torch._modules import translate
-from jaxgrad.torch._modules.chain import Chain
+from jaxgrad.torch._modules.chain import Chain, Layer
 from jaxgrad.torch._modules.translate import Flow, Spec
 from jaxgrad.torch._reading.module import Module
 from jaxgrad.torch._reading.read import Checkpoint, read
 
-Step = str | Callable[[jax.Array], jax.Array]
+Step: TypeAlias = str | Callable[[jax.Array], jax.Array]
+Layers: TypeAlias = "dict[str, Layer | Layers]"
 _OWN = "torch.nn.modules."
 _SAY = 'say how it runs: forward=("fc1", jax.nn.relu, "fc2", ...)'
 
@@ -113,7 +114,7 @@ class _Builder:
         layer, _ = self.build("", module, Flow())
         return layer if isinstance(layer, Chain) else Chain({"layer": layer})
 
-    def build(self, path: str, module: Module, flow: Flow) -> tuple[Any, Flow]:
+    def build(self, path: str, module: Module, flow: Flow) -> tuple[Layer, Flow]:
         if module.cls == f"{_OWN}container.Sequential":
             return self.chain(path, module, flow)
         if module.cls.startswith(f"{_OWN}container."):
@@ -131,7 +132,7 @@ class _Builder:
 
     def declared(self, module: Module, forward: Sequence[Step]) -> Chain:
         """A chain that runs as the caller says; layers are built as they first run."""
-        layers: dict[str, Any] = {}
+        layers: Layers = {}
         steps: list[Step] = []
         flow = Flow()
         for i, step in enumerate(forward):
@@ -160,7 +161,7 @@ class _Builder:
 
     def spec(self, path: str, module: Module) -> Spec:
         weight = self.tensors.get(_join(path, "weight"))
-        dtype = jnp.float32 if weight is None else weight.dtype
+        dtype = np.dtype(np.float32) if weight is None else weight.dtype
         cls = module.cls.rpartition(".")[2]
         return Spec(path, cls, module.config, tuple(module.parameters), dtype)
 
@@ -200,7 +201,7 @@ class _Builder:
             )
 
 
-def _through(function: Callable[[Any], Any], flow: Flow) -> Flow:
+def _through(function: Callable[[jax.Array], jax.Array], flow: Flow) -> Flow:
     """What comes out of a function of the caller's, found by tracing it on some shape."""
     if flow.spatial is None:
         return flow
@@ -233,18 +234,18 @@ def _find(module: Module, name: str) -> Module:
     return found
 
 
-def _put(layers: dict[str, Any], name: str, layer: Any) -> None:
+def _put(layers: Layers, name: str, layer: Layer) -> None:
     head, _, rest = name.partition(".")
-    there = layers.get(head)
-    if rest and isinstance(there, dict | None):
-        _put(layers.setdefault(head, {}), rest, layer)
+    there = layers.setdefault(head, {}) if rest else layers.get(head)
+    if rest and isinstance(there, dict):
+        _put(there, rest, layer)
     elif not rest and isinstance(there, dict):
         raise MappingError(f"forward names {name!r} and layers inside it: name one of them")
     else:
         layers.setdefault(head, layer)  # it runs once more, or inside a chain that is there
 
 
-def _nested(layers: Mapping[str, Any], steps: Sequence[Step]) -> Chain:
+def _nested(layers: Layers, steps: Sequence[Step]) -> Chain:
     made = {k: _nested(v, ()) if isinstance(v, dict) else v for k, v in layers.items()}
     return Chain(made, steps)
 

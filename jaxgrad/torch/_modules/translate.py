@@ -8,15 +8,19 @@ do in PyTorch and not in Flax is refused by name, never approximated.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxgrad.torch._mapping.report import MappingError
-from jaxgrad.torch._modules.chain import Flatten
+from jaxgrad.torch._modules.chain import Flatten, Layer
+
+Setting: TypeAlias = bool | int | float | str | tuple[int, ...] | None
+Activation: TypeAlias = Callable[[jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,19 +49,19 @@ class Spec:
     cls: str
     config: Mapping[str, Any]
     parameters: tuple[str, ...]
-    dtype: Any
+    dtype: np.dtype
 
     def refuse(self, why: str) -> MappingError:
         return MappingError(f"{self.path!r} ({self.cls}): {why}")
 
-    def only(self, **values: Any) -> None:
+    def only(self, **values: Setting) -> None:
         """Refuses a configuration that differs from the given values."""
         for key, value in values.items():
             if (found := self.config.get(key, value)) != value:
                 raise self.refuse(f"{key}={found!r} has no equal in Flax, only {value!r}")
 
 
-def translate(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Any, Flow]:
+def translate(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Layer, Flow]:
     """The Flax layer, a module or a function of one array, and what runs out of it.
 
     Raises:
@@ -97,7 +101,7 @@ def sizes(spec: Spec) -> tuple[int, int]:
     return config["in_channels"], config["out_channels"]
 
 
-def _linear(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Any, Flow]:
+def _linear(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Layer, Flow]:
     inputs, outputs = sizes(spec)
     if flow.spatial:
         raise spec.refuse(
@@ -111,7 +115,7 @@ def _linear(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Any, Flow]:
     return layer, Flow(outputs, 0)
 
 
-def _conv(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Any, Flow]:
+def _conv(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Layer, Flow]:
     inputs, outputs = sizes(spec)
     n = int(spec.cls[-2])
     _check_features(spec, flow, inputs)
@@ -143,7 +147,7 @@ def _conv(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Any, Flow]:
     return layer, Flow(outputs, n)
 
 
-def _conv_transpose(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Any, Flow]:
+def _conv_transpose(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Layer, Flow]:
     inputs, outputs = sizes(spec)
     n = int(spec.cls[-2])
     _check_features(spec, flow, inputs)
@@ -169,7 +173,7 @@ def _conv_transpose(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Any, Flow]:
     return layer, Flow(outputs, n)
 
 
-def _batch_norm(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Any, Flow]:
+def _batch_norm(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Layer, Flow]:
     spec.only(track_running_stats=True)
     features, momentum = spec.config["num_features"], spec.config.get("momentum", 0.1)
     _check_features(spec, flow, features)
@@ -193,7 +197,7 @@ def _batch_norm(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Any, Flow]:
     return layer, Flow(features, n if n > 1 else flow.spatial)
 
 
-def _layer_norm(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Any, Flow]:
+def _layer_norm(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Layer, Flow]:
     shape = spec.config["normalized_shape"]
     features, *others = (shape,) if isinstance(shape, int) else shape
     if others or flow.spatial:
@@ -213,7 +217,7 @@ def _layer_norm(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Any, Flow]:
     return layer, Flow(features, 0)
 
 
-def _group_norm(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Any, Flow]:
+def _group_norm(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Layer, Flow]:
     channels = spec.config["num_channels"]
     _check_features(spec, flow, channels)
     affine = "weight" in spec.parameters
@@ -230,7 +234,7 @@ def _group_norm(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Any, Flow]:
     return layer, Flow(channels, flow.spatial)
 
 
-def _embedding(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Any, Flow]:
+def _embedding(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Layer, Flow]:
     if not flow.is_start:
         raise spec.refuse("takes the output of another layer, which is no index")
     spec.only(max_norm=None)
@@ -238,12 +242,12 @@ def _embedding(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Any, Flow]:
     return nnx.Embed(rows, features, param_dtype=spec.dtype, rngs=rngs), Flow(features, 0)
 
 
-def _dropout(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Any, Flow]:
+def _dropout(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Layer, Flow]:
     axes = tuple(range(1, 1 + int(spec.cls[-2]))) if spec.cls[-1] == "d" else ()
     return nnx.Dropout(spec.config.get("p", 0.5), broadcast_dims=axes, deterministic=True), flow
 
 
-def _flatten(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Any, Flow]:
+def _flatten(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Layer, Flow]:
     spec.only(start_dim=1, end_dim=-1)
     if flow.is_start or flow.spatial == 0:
         return _flatten_last, Flow(None, 0)
@@ -256,7 +260,7 @@ def _flatten_last(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1)
 
 
-def _pool(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Any, Flow]:
+def _pool(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Layer, Flow]:
     n = int(spec.cls[-2])
     _check_spatial(spec, flow, n)
     spec.only(ceil_mode=False, dilation=1, return_indices=False, divisor_override=None)
@@ -296,7 +300,7 @@ def _average(
     return total / nnx.pool(jnp.ones_like(x), 0.0, jax.lax.add, window, strides, padding)
 
 
-def _global_pool(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Any, Flow]:
+def _global_pool(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Layer, Flow]:
     n = int(spec.cls[-2])
     _check_spatial(spec, flow, n)
     if (size := _each(spec.config["output_size"], n)) != (1,) * n:
@@ -306,7 +310,7 @@ def _global_pool(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Any, Flow]:
     return layer, Flow(flow.features, n)
 
 
-def _softmax(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Any, Flow]:
+def _softmax(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Layer, Flow]:
     dim = spec.config.get("dim")
     if dim is None:
         raise spec.refuse("dim=None lets PyTorch choose an axis by the rank of its input")
@@ -327,7 +331,7 @@ def _check_spatial(spec: Spec, flow: Flow, n: int) -> None:
         raise spec.refuse(f"takes {n} spatial axes, and the layer before gives {flow.spatial}")
 
 
-def _each(value: Any, n: int) -> tuple[int, ...]:
+def _each(value: int | Sequence[int], n: int) -> tuple[int, ...]:
     return (value,) * n if isinstance(value, int) else tuple(value)
 
 
@@ -335,38 +339,38 @@ def _identity(x: jax.Array) -> jax.Array:
     return x
 
 
-def _plain(function: Callable[[jax.Array], jax.Array]) -> Callable[[Spec], Any]:
+def _plain(function: Activation) -> Callable[[Spec], Activation]:
     return lambda spec: function
 
 
-def _gelu(spec: Spec) -> Any:
+def _gelu(spec: Spec) -> Activation:
     return functools.partial(jax.nn.gelu, approximate=spec.config.get("approximate") == "tanh")
 
 
-def _leaky_relu(spec: Spec) -> Any:
+def _leaky_relu(spec: Spec) -> Activation:
     slope = spec.config.get("negative_slope", 0.01)
     return functools.partial(jax.nn.leaky_relu, negative_slope=slope)
 
 
-def _elu(spec: Spec) -> Any:
+def _elu(spec: Spec) -> Activation:
     return functools.partial(jax.nn.elu, alpha=spec.config.get("alpha", 1.0))
 
 
-def _celu(spec: Spec) -> Any:
+def _celu(spec: Spec) -> Activation:
     return functools.partial(jax.nn.celu, alpha=spec.config.get("alpha", 1.0))
 
 
-def _hardtanh(spec: Spec) -> Any:
+def _hardtanh(spec: Spec) -> Activation:
     low, high = spec.config.get("min_val", -1.0), spec.config.get("max_val", 1.0)
     return functools.partial(jnp.clip, min=low, max=high)
 
 
-def _softplus(spec: Spec) -> Any:
+def _softplus(spec: Spec) -> Activation:
     spec.only(beta=1, threshold=20)
     return jax.nn.softplus
 
 
-_ACTIVATIONS: dict[str, Callable[[Spec], Any]] = {
+_ACTIVATIONS: dict[str, Callable[[Spec], Activation]] = {
     "Identity": _plain(_identity),
     "ReLU": _plain(jax.nn.relu),
     "ReLU6": _plain(jax.nn.relu6),
@@ -387,7 +391,7 @@ _ACTIVATIONS: dict[str, Callable[[Spec], Any]] = {
     "Softplus": _softplus,
 }
 
-_LAYERS: dict[str, Callable[[Spec, Flow, nnx.Rngs], tuple[Any, Flow]]] = {
+_LAYERS: dict[str, Callable[[Spec, Flow, nnx.Rngs], tuple[Layer, Flow]]] = {
     "Linear": _linear,
     **{f"Conv{n}d": _conv for n in (1, 2, 3)},
     **{f"ConvTranspose{n}d": _conv_transpose for n in (1, 2, 3)},

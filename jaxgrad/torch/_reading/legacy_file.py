@@ -7,7 +7,7 @@ its end, and no checksums.
 
 import mmap
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxgrad._disk.malformed import MalformedError, shorten
@@ -74,13 +74,13 @@ def _persistent(loaded: dict[str, Storage], pid: tuple[Any, ...]) -> Any:
     return root
 
 
-def _place(data: mmap.mmap, at: int, keys: Any, loaded: dict[str, Storage]) -> None:
+def _place(data: mmap.mmap, at: int, keys: Sequence[object], loaded: dict[str, Storage]) -> None:
     """Gives every storage its start, from the order of the keys."""
     for key in keys:
         storage = loaded.get(key) if isinstance(key, str) else None
         if storage is None or storage.start >= 0:
             raise MalformedError("a key without a storage, or twice", "storage keys")
-        name = f"storage {shorten(key)}"
+        name = f"storage {shorten(storage.key)}"
         if at + 8 > len(data):
             raise MalformedError("the file ends before this storage: it is truncated", name)
         (count,) = struct.unpack_from("<q", data, at)

@@ -7,13 +7,15 @@ of names can be exponential in its size, and it may contain itself: depth and na
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeGuard, TypeVar
 
 from jaxgrad._disk.malformed import MalformedError, shorten
 from jaxgrad.torch._reading.tensors import Tensor
 from jaxgrad.torch._reading.torch_globals import Unreadable
 from jaxgrad.torch._reading.unpickler import Global, Object
+
+T = TypeVar("T")
 
 MAX_DEPTH = 128
 # A walk's limit, in characters of names, with visits weighed by what they take: some 10 s at most,
@@ -82,7 +84,7 @@ class Contents:
         if self._left < 0:
             raise MalformedError("too many names (parts may be shared)", _shown(name))
 
-    def add(self, kind: dict[str, Any], name: str, value: Any) -> None:
+    def add(self, kind: dict[str, T], name: str, value: T) -> None:
         """Puts a leaf under its name, which must be new."""
         if name in self._names:
             raise MalformedError("two entries have this name", _shown(name))
@@ -94,19 +96,19 @@ def _shown(name: str) -> str:
     return shorten(name) or "the saved object"
 
 
-def contents(root: Any) -> Contents:
+def contents(root: object) -> Contents:
     """All that can be read of an unpickled object graph."""
     found = Contents()
     _visit(found, "", root, 0)
     return found
 
 
-def _join(prefix: str, key: Any) -> str:
+def _join(prefix: str, key: object) -> str:
     key = key.name if isinstance(key, Global) else key
     return f"{prefix}.{key}" if prefix else str(key)
 
 
-def _visit(found: Contents, name: str, node: Any, depth: int) -> None:
+def _visit(found: Contents, name: str, node: object, depth: int) -> None:
     found.enter(name, depth)
     if isinstance(node, Tensor):
         found.add(found.tensors, name, node)
@@ -129,7 +131,7 @@ def _visit(found: Contents, name: str, node: Any, depth: int) -> None:
             _visit(found, _join(name, key), child, depth + 1)
 
 
-def _is_long_plain(node: Any) -> bool:
+def _is_long_plain(node: object) -> TypeGuard[Sequence[object]]:
     """Whether a sequence, say a history of losses, is better one value than many."""
     return (
         isinstance(node, (list, tuple))
@@ -138,7 +140,7 @@ def _is_long_plain(node: Any) -> bool:
     )
 
 
-def _children(node: Any) -> Iterable[tuple[Any, Any]] | None:
+def _children(node: object) -> Iterable[tuple[Any, Any]] | None:
     """A container's keys and elements; None for what is no container."""
     if isinstance(node, dict):
         return node.items()
@@ -152,7 +154,7 @@ def _children(node: Any) -> Iterable[tuple[Any, Any]] | None:
     return None
 
 
-def _is_module(state: Any) -> bool:
+def _is_module(state: object) -> TypeGuard[dict[str, Any]]:
     return isinstance(state, dict) and all(
         isinstance(state.get(part), dict) for part in ("_parameters", "_buffers", "_modules")
     )
@@ -210,7 +212,7 @@ def _config(state: Mapping[Any, Any]) -> dict[str, Any]:
 _opaque = object()
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, Global):
         return value.name
     return value if value is None or isinstance(value, _SCALARS) else _opaque

@@ -35,7 +35,7 @@ class Opcode(NamedTuple):
     decode: Decode | None = None
 
 
-def _constant(value: Any) -> Decode:
+def _constant(value: object) -> Decode:
     return lambda data, at, end: (value, at)
 
 

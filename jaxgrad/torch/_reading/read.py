@@ -10,9 +10,9 @@ import difflib
 import mmap
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from jaxgrad.torch._reading.module import Contents, Module, contents
 from jaxgrad.torch._reading.safetensors_file import load_safetensors, read_index
 from jaxgrad.torch._reading.tensors import Arrays
 from jaxgrad.torch._reading.zip_file import load_zip
+
+T = TypeVar("T")
 
 MAX_INDEX_BYTES = 1 << 27
 _SHOWN_ROWS = 40
@@ -83,7 +85,7 @@ class Checkpoint:
             ['bias']
         """
 
-        def strip(named: Mapping[str, Any]) -> Mapping[str, Any]:
+        def strip(named: Mapping[str, T]) -> Mapping[str, T]:
             dot = f"{prefix}."
             kept = {name: part for name, part in named.items() if f"{name}.".startswith(dot)}
             return MappingProxyType({name[len(dot) :]: part for name, part in kept.items()})
@@ -193,7 +195,7 @@ def _unknown(data: mmap.mmap) -> str:
 
 def _checkpoint(path: pathlib.Path, kind: str, found: Contents, data: mmap.mmap) -> Checkpoint:
     arrays = Arrays(data)
-    same: dict[Any, dict[str, None]] = {}
+    same: dict[tuple[Hashable, ...], dict[str, None]] = {}
     for name, tensor in found.tensors.items():
         if 0 not in tensor.shape:
             same.setdefault(tensor.memory(), {})[name] = None
@@ -213,7 +215,9 @@ def _checkpoint(path: pathlib.Path, kind: str, found: Contents, data: mmap.mmap)
     )
 
 
-def _tied_groups(groups: list[Any]) -> tuple[tuple[str, ...], ...]:
+def _tied_groups(
+    groups: Iterable[Sequence[str] | Mapping[str, None]],
+) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(names) for names in groups if len(names) > 1)
 
 

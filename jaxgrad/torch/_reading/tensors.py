@@ -8,7 +8,7 @@ per storage.
 
 import dataclasses
 import mmap
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -76,14 +76,19 @@ class Tensor:
     conj: bool = False
     neg: bool = False
 
-    def memory(self) -> tuple[Any, ...]:
+    def memory(self) -> tuple[Hashable, ...]:
         """What two tied tensors have in common."""
         start = self.storage.start + self.offset * self.dtype.itemsize
         return start, self.dtype, self.shape, self.strides, self.conj, self.neg
 
 
 def make_tensor(
-    storage: Storage, dtype: np.dtype[Any], offset: Any, shape: Any, strides: Any, bits: Any = None
+    storage: Storage,
+    dtype: np.dtype[Any],
+    offset: object,
+    shape: object,
+    strides: object,
+    bits: object = None,
 ) -> Tensor:
     """A `Tensor`, when all its elements lie inside `storage`.
 
@@ -96,7 +101,7 @@ def make_tensor(
         ranks = f"{len(shape)} and {len(strides)}"
         raise MalformedError(f"shape and stride of {ranks} dimensions, expected <= {MAX_RANK} each")
     itemsize = dtype.itemsize
-    last = checked_int(offset, "storage offset")
+    last = offset = checked_int(offset, "storage offset")
     numel = extent = 1
     for size, stride in zip(shape, strides, strict=True):
         last += (checked_int(size, "dimension") - 1) * checked_int(stride, "stride")
@@ -122,8 +127,8 @@ def make_tensor(
     return Tensor(storage, dtype, offset, tuple(shape), tuple(strides), conj, neg)
 
 
-def _metadata(bits: Any) -> tuple[bool, bool]:
-    if type(bits) is not dict or any(
+def _metadata(bits: object) -> tuple[bool, bool]:
+    if not isinstance(bits, dict) or any(
         key not in ("conj", "neg") or type(bit) is not bool for key, bit in bits.items()
     ):
         raise MalformedError("tensor metadata other than the bits 'conj' and 'neg'")
@@ -135,7 +140,7 @@ class Arrays:
 
     def __init__(self, data: mmap.mmap):
         self._data = data
-        self._resolved: dict[tuple[Any, ...], np.ndarray] = {}
+        self._resolved: dict[tuple[Hashable, ...], np.ndarray] = {}
 
     def array(self, tensor: Tensor) -> np.ndarray:
         """The tensor's elements: a view of the file, or of a resolved storage."""

@@ -11,7 +11,7 @@ of a pickle is bounded by its opcode count, which has a limit.
 
 import dataclasses
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 from jaxgrad._disk.malformed import MalformedError, shorten
@@ -139,7 +139,7 @@ class Machine:
         if self._left < 0:
             raise MalformedError(f"the pickle needs more than {MAX_OPCODES} steps")
 
-    def key(self, key: Any) -> Any:
+    def key(self, key: object) -> Hashable:
         """`key`, when hashing it is cheap and can not recurse."""
         if type(key) is str:
             return key
@@ -156,14 +156,14 @@ class Machine:
                 raise MalformedError(f"a key holding a {type(part).__name__}")
         return key
 
-    def as_set(self, elements: Any) -> set[Any]:
+    def as_set(self, elements: object) -> set[Hashable]:
         """A set of `elements`."""
         if not isinstance(elements, (list, tuple)):
             raise MalformedError(f"a set of a {type(elements).__name__}")
         self.charge(len(elements))
         return {self.key(element) for element in elements}
 
-    def call(self, function: Any, args: Any) -> Any:
+    def call(self, function: object, args: object) -> Any:
         """The stand-in for `function(*args)`."""
         if not isinstance(function, Global):
             raise MalformedError(f"a call of a {type(function).__name__}")

@@ -7,17 +7,17 @@ names and layouts of the original file; without one, names are the Flax paths wi
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from jaxgrad._disk import safetensors as _safetensors
 from jaxgrad._disk.atomic import replacing
+from jaxgrad._tree.flat import PyTree
 from jaxgrad.torch._mapping import layouts as _layouts
 from jaxgrad.torch._mapping import resolve
 from jaxgrad.torch._mapping import rules as _rules
 from jaxgrad.torch._mapping.flax_layers import Layer, Tree, read_tree
-from jaxgrad.torch._mapping.layouts import Part
+from jaxgrad.torch._mapping.layouts import Array, Part
 from jaxgrad.torch._mapping.pairing import Match
 from jaxgrad.torch._mapping.report import MappingError, Pair, Problem, Report, fault
 from jaxgrad.torch._mapping.rules import Group, Rules
@@ -27,7 +27,7 @@ _FORMATS = {".pt": "pt", ".pth": "pt", ".bin": "pt", ".safetensors": "safetensor
 
 
 def save_torch(
-    params: Any,
+    params: PyTree,
     path: str | os.PathLike[str],
     *,
     like: Report | None = None,
@@ -64,7 +64,7 @@ def save_torch(
     save_tensors(to_torch(params, like=like, rules=rules), path)
 
 
-def save_tensors(tensors: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+def save_tensors(tensors: Mapping[str, Array], path: str | os.PathLike[str]) -> None:
     """Writes tensors, names and layouts as they are, as a state dict or a safetensors file.
 
     Args:
@@ -98,7 +98,7 @@ def save_tensors(tensors: Mapping[str, Any], path: str | os.PathLike[str]) -> No
 
 
 def to_torch(
-    params: Any, *, like: Report | None = None, rules: Rules = ()
+    params: PyTree, *, like: Report | None = None, rules: Rules = ()
 ) -> dict[str, np.ndarray]:
     """Returns the PyTorch tensors of a Flax tree, by name: what `save_torch` writes.
 
@@ -156,7 +156,7 @@ def _as_before(tree: Tree, like: Report) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _prefix(names: Any) -> str:
+def _prefix(names: Mapping[str, str]) -> str:
     """What stands before the tensors' names of a module, dot included."""
     short, name = next(iter(names.items()))
     return name.removesuffix(short)

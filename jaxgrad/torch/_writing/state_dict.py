@@ -9,9 +9,8 @@ import zipfile
 from collections.abc import Mapping
 from typing import IO
 
-import numpy as np
-
 from jaxgrad._disk.safetensors import raw
+from jaxgrad.torch._mapping.layouts import Array
 
 _STORAGES = {
     "float64": "DoubleStorage",
@@ -38,10 +37,10 @@ DTYPES = {*_STORAGES, *_UNTYPED}
 _ALIGNMENT = 64
 
 
-def write_state_dict(file: IO[bytes], tensors: Mapping[str, np.ndarray]) -> None:
+def write_state_dict(file: IO[bytes], tensors: Mapping[str, Array]) -> None:
     """Writes what `torch.save(state_dict, file)` does; one array under two names is stored once."""
     keys: dict[int, str] = {}
-    stored: dict[str, np.ndarray] = {}
+    stored: dict[str, Array] = {}
     pickled = [b"\x80\x02}("]  # protocol 2, an empty dict, its items
     for name, x in tensors.items():
         key = keys.setdefault(id(x), str(len(keys)))
@@ -70,7 +69,7 @@ def _entry(archive: zipfile.ZipFile, file: IO[bytes], name: str, data: bytes | m
 # The pickle: `_rebuild_tensor_v2(storage, offset, size, stride, False, OrderedDict())`, in opcodes.
 
 
-def _tensor(x: np.ndarray, key: str) -> bytes:
+def _tensor(x: Array, key: str) -> bytes:
     dtype = x.dtype.name
     typed = dtype in _STORAGES
     strides = [1]
