@@ -1,4 +1,4 @@
-"""`jaxgrad convert`: between PyTorch's files and Orbax checkpoints."""
+"""`jaxgrad convert`: between PyTorch files and Orbax checkpoints."""
 
 import dataclasses
 from pathlib import Path
@@ -14,50 +14,51 @@ _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Turn a PyTorch file into an Orbax checkpoint, a safetensors file or a state dict, or back.
+    """Convert a PyTorch file to an Orbax checkpoint, a safetensors file or a state dict, or back.
 
-    OUT ends in .safetensors for safetensors, in .pt, .pth or .bin for a state dict, and is a
-    directory for Orbax otherwise. PyTorch is not needed, and the code in a file is not run.
+    The suffix of OUT decides the format: .safetensors, or .pt, .pth and .bin for a state dict. Any
+    other OUT is the directory of an Orbax checkpoint. PyTorch is not needed, and code in a file is
+    not run.
 
     $ jaxgrad convert mnist_model.pt runs/mnist
     $ jaxgrad convert runs/finetuned finetuned.safetensors
     $ jaxgrad convert training.ckpt weights.pt --part state_dict
 
-    From PyTorch to Orbax, a whole module whose layers run in a known order becomes a Flax model:
-    paths by its names, kernels in Flax's layout, and `jaxgrad finetune --from OUT` takes it. Of a
-    bare state dict nobody knows the layer types, so it keeps PyTorch's names and layouts; to put
-    it into a Flax model use jaxgrad.torch.load_into. From Orbax to PyTorch, layouts go by the
-    names that Flax gives its leaves.
+    From PyTorch to Orbax, a whole module whose layers run in a known order becomes a Flax model
+    with the module's names and Flax's layouts, which `jaxgrad finetune --from OUT` takes. A bare
+    state dict has no layer types, so it keeps PyTorch's names and layouts; to load it into a Flax
+    model use jaxgrad.torch.load_into. From Orbax to PyTorch, the names of Flax's leaves decide the
+    layouts.
     """
 
     source: tyro.conf.Positional[Path]
     """A PyTorch file, or the directory of a checkpoint."""
     out: tyro.conf.Positional[Path]
-    """What to write."""
+    """The file or directory to write."""
     part: str = ""
-    """Of a training checkpoint, the part to take: "model", "state_dict.encoder"."""
+    """The part of a training checkpoint to convert: "model", "state_dict.encoder"."""
     forward: tuple[str, ...] = ()
-    """How the layers of a module run, where that can't be known; see `finetune`."""
+    """How the layers of a module run, if the file does not show it; see `finetune`."""
     overwrite: bool = False
-    """Replace what is at OUT."""
+    """Replace an existing OUT."""
 
     def run(self) -> None:
-        """Reads, converts, writes."""
+        """Reads the source, converts it and writes OUT."""
         from rich.console import Console
 
         if self.out.exists() and not self.overwrite:
             raise FileExistsError(f"'{self.out}' exists; pass --overwrite to replace it.")
         if not self.source.exists():
-            raise FileNotFoundError(f"no file and no checkpoint at '{self.source}'.")
+            raise FileNotFoundError(f"there is no file or checkpoint at '{self.source}'.")
         to_torch = self.out.suffix in _TORCH_SUFFIXES
         if not self.source.is_file():
             if not to_torch:
                 raise ValueError(
-                    f"'{self.source}' is a checkpoint already; let OUT end in one of "
+                    f"'{self.source}' is a checkpoint already: OUT must end in one of "
                     f"{', '.join(_TORCH_SUFFIXES)}."
                 )
             jg.torch.save_torch(jg.load(self.source), self.out)
-            how = "layouts by the names of the leaves"
+            how = "layouts decided by the names of the leaves"
         else:
             file = jg.torch.read(self.source)
             try:

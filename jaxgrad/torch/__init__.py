@@ -1,4 +1,4 @@
-"""PyTorch files without PyTorch: read without running them, mapped to Flax, and written."""
+"""Reads, maps to Flax and writes PyTorch files, without PyTorch and without running their code."""
 
 from jaxgrad.torch._mapping.load_into import load_into as load_into
 from jaxgrad.torch._mapping.load_into import match as match

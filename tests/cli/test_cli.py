@@ -168,9 +168,9 @@ def test_convert(tmp_path, capsys):
     assert status == 1 and "exists; pass --overwrite to replace it." in err
     assert output(capsys, "convert", MODEL, tmp_path / "model", "--overwrite")[0] == 0
     status, _, err = output(capsys, "convert", tmp_path / "model", tmp_path / "other")
-    assert status == 1 and "is a checkpoint already; let OUT end in one of .pt" in err
+    assert status == 1 and "is a checkpoint already: OUT must end in one of .pt" in err
     status, _, err = output(capsys, "convert", tmp_path / "a.pt", tmp_path / "c", "--part", "x")
-    assert status == 1 and "nothing in" in err
+    assert status == 1 and "no name in" in err
 
 
 def test_layers_that_run_in_an_order_of_ones_own(tmp_path, capsys):
@@ -189,7 +189,7 @@ def test_layers_that_run_in_an_order_of_ones_own(tmp_path, capsys):
     ("argv", "text"),
     [
         (["inspect", "{}/text.png"], "neither a torch.save file nor safetensors"),
-        (["finetune", "--from", "{}/state.pt"], "nothing tells how the model is built"),
+        (["finetune", "--from", "{}/state.pt"], "it doesn't show how the model is built"),
         (["inspect", "{}/nowhere"], "no checkpoint at '{}/nowhere': there is no such directory."),
         (["inspect", "{}"], "'{}' is not an Orbax checkpoint, or a damaged one."),
         (["predict", "--from", "{}/pretrained"], "name at least one image or array file."),
@@ -208,7 +208,7 @@ def test_layers_that_run_in_an_order_of_ones_own(tmp_path, capsys):
         (["predict", "--from", "{}/pretrained", "{}/junk.npz"], "'{}/junk.npz' can't be read"),
         (["predict", "--from", "{}/other", "{}/small.npy"], "was not saved by `jaxgrad pretrain`"),
         (["finetune", "--from", "{}/nowhere"], "no model at '{}/nowhere': make one with"),
-        (["convert", "{}/nowhere", "{}/x"], "no file and no checkpoint at '{}/nowhere'."),
+        (["convert", "{}/nowhere", "{}/x"], "there is no file or checkpoint at '{}/nowhere'."),
         (
             ["finetune", "--from", "{}/pretrained", "--train", "haed/**"],
             "wrt pattern 'haed/**' matches no leaf. Did you mean 'head/**'",

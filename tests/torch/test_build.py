@@ -192,8 +192,8 @@ def test_a_users_class_with_an_obvious_order(torch, user, tmp_path):
     [
         ("a=Linear(4, 4), b=Linear(4, 3), act=ReLU()", "nothing nonlinear is registered between"),
         ("act=ReLU(), a=Linear(4, 3)", "'act' is registered first"),
-        ("a=Linear(4, 6), act=ReLU(), b=Linear(6, 4)", "gives as many features as it takes (4)"),
-        ("a=Linear(4, 6), act=ReLU(), b=Linear(5, 3)", "takes 5 features, and the layer before"),
+        ("a=Linear(4, 6), act=ReLU(), b=Linear(6, 4)", "returns as many features as it takes (4)"),
+        ("a=Linear(4, 6), act=ReLU(), b=Linear(5, 3)", "takes 5 features, but the layer before"),
         ("act=ReLU()", "it has no linear or convolutional layer"),
         ("a=ModuleList([Linear(4, 3)])", "'a' (torch.nn.modules.container.ModuleList)"),
         (
@@ -217,7 +217,10 @@ def test_a_residual_block_is_no_chain(torch, user, tmp_path):
     layers = {"conv1": nn.Conv2d(4, 4, 3), "bn1": nn.BatchNorm2d(4), "relu": nn.ReLU()}
     block = user(None, **layers, conv2=nn.Conv2d(4, 4, 3), bn2=nn.BatchNorm2d(4))
     message = refused(torch, nn.Sequential(nn.Conv2d(3, 4, 3), block), tmp_path)
-    assert message.startswith("how '1' (") and "so it may add its input to its output" in message
+    assert (
+        message.startswith("the file doesn't show how '1' (")
+        and "so it may add its input to its output" in message
+    )
     assert 'forward=("fc1", jax.nn.relu, "fc2", ...)' in message
 
 
@@ -242,10 +245,10 @@ def test_forward_says_how_the_layers_run(torch, user, tmp_path):
 
     forward = ["conv1", "act", pool, "block.0", "act", pool, jt.Flatten(), "fc1", "act", "fc2"]
     assert_built(torch, net, torch.randn(2, 1, 14, 18), tmp_path, forward=forward)
-    assert "which the module has not; nearest: 'conv1'" in refused(
+    assert "which the module does not have; nearest: 'conv1'" in refused(
         torch, net, tmp_path, forward=["conv", "fc1"]
     )
-    assert "forward runs no layer that holds 'block.0.weight', 'block.0.bias'" in refused(
+    assert "forward leaves out the layer of 'block.0.weight', 'block.0.bias'" in refused(
         torch, net, tmp_path, forward=["conv1", "act", jt.Flatten(), "fc1", "fc2"]
     )
     flat = [*forward[:6], lambda x: x.reshape(x.shape[0], -1), *forward[7:]]
@@ -263,7 +266,7 @@ def test_forward_says_how_the_layers_run(torch, user, tmp_path):
     [
         ("LSTM(4, 4)", "'0' (LSTM): no translation to Flax"),
         ("Conv2d(4, 4, 3, padding=1, padding_mode='reflect')", "padding_mode='reflect'"),
-        ("ConvTranspose2d(4, 4, 3, groups=2)", "groups=2 has no equal in Flax"),
+        ("ConvTranspose2d(4, 4, 3, groups=2)", "groups=2 has no equivalent in Flax"),
         ("BatchNorm2d(4, track_running_stats=False)", "track_running_stats=False"),
         ("BatchNorm2d(4, momentum=None)", "momentum=None, a cumulative average"),
         ("LayerNorm((4, 4))", "normalises over (4, 4)"),
@@ -271,15 +274,18 @@ def test_forward_says_how_the_layers_run(torch, user, tmp_path):
         ("MaxPool2d(2, ceil_mode=True)", "ceil_mode=True"),
         ("MaxPool2d(2, dilation=2)", "dilation=2"),
         ("AvgPool2d(2, divisor_override=3)", "divisor_override=3"),
-        ("AdaptiveAvgPool2d(2)", "output_size=(2, 2) has no equal in Flax, only 1"),
+        ("AdaptiveAvgPool2d(2)", "output_size=(2, 2) has no equivalent in Flax, only 1 has"),
         ("Flatten(0)", "start_dim=0"),
-        ("BatchNorm1d(4), Flatten()", "whether there are spatial axes to flatten isn't known"),
+        ("BatchNorm1d(4), Flatten()", "it is unknown whether there are spatial axes to flatten"),
         ("Softmax()", "dim=None lets PyTorch choose"),
         ("Softplus(beta=2)", "beta=2"),
         ("Embedding(4, 4, max_norm=1.0)", "max_norm=1.0"),
         ("Linear(4, 4), Embedding(4, 4)", "takes the output of another layer"),
-        ("Conv2d(3, 4, 1), Conv1d(4, 4, 1)", "takes 1 spatial axes, and the layer before gives 2"),
-        ("Linear(4, 5), Linear(4, 5)", "takes 4 features, and the layer before gives 5"),
+        (
+            "Conv2d(3, 4, 1), Conv1d(4, 4, 1)",
+            "takes 1 spatial axes, but the layer before returns 2",
+        ),
+        ("Linear(4, 5), Linear(4, 5)", "takes 4 features, but the layer before returns 5"),
     ],
 )
 def test_refusals(torch, layers, text, tmp_path):
@@ -295,5 +301,5 @@ def test_tied_layers(torch, tmp_path):
 
 
 def test_a_source_without_a_module():
-    with pytest.raises(jt.MappingError, match="the source holds tensors and no module"):
+    with pytest.raises(jt.MappingError, match="the source holds tensors but no module"):
         jt.from_module({"weight": np.zeros((2, 2))})

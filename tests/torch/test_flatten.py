@@ -38,9 +38,9 @@ def test_the_first_linear_layer_behind_a_convolution():
     source = conv("conv", 4, 1) | linear("fc1", 5, 24) | linear("fc2", 24, 5)
     message = suspects(params(conv=CONV, fc1=(24, 5), fc2=(5, 24)), source)
     assert (
-        "'fc1' takes 24 = 4 x 6 features and may stand behind a flatten of 4 channels; declare it "
+        "'fc1' takes 24 = 4 x 6 features and may follow a flatten of 4 channels; declare it "
         "with Rule('fc1', flatten=4) if the Flax model flattens channels last, or Rule('fc1', "
-        "flatten=False) if it moves them first or nothing is flattened" in message
+        "flatten=False) if it flattens channels first or not at all" in message
     )
 
 
@@ -115,7 +115,7 @@ def test_channels_that_do_not_divide():
     source = conv("conv", 4, 1) | linear("fc", 5, 24)
     with pytest.raises(jt.MappingError) as caught:
         jt.load_into(params(conv=CONV, fc=(24, 5)), source, rules=[jt.Rule("fc", flatten=5)])
-    assert "'fc' takes 24 features, which is no multiple of the 5 channels" in str(caught.value)
+    assert "'fc' takes 24 features, which is not a multiple of the 5 channels" in str(caught.value)
 
 
 def test_a_model_with_pytorchs_flatten_needs_no_declaration():

@@ -51,16 +51,20 @@ def test_a_file_of_python_2(write_legacy):
         ),
         ({"system": [1]}, "system information", "not written on a little-endian machine"),
         ({"storages": {}}, "storage 0", "the file has no bytes for this storage"),
-        ({"storages": {"1": (2, FLOATS)}}, "storage keys", "a key without a storage, or twice"),
+        (
+            {"storages": {"1": (2, FLOATS)}},
+            "storage keys",
+            "a key without a storage, or a repeated one",
+        ),
         (
             {"storages": {"0": (3, FLOATS)}},
             "storage 0",
-            "has 3 elements of float32, the object says otherwise",
+            "has 3 elements of float32, but the object records another size",
         ),
         (
             {"storages": {"0": (-1, FLOATS)}},
             "storage 0",
-            "has -1 elements of float32, the object says otherwise",
+            "has -1 elements of float32, but the object records another size",
         ),
         (
             {"storages": {"0": (2, FLOATS[:-1])}},

@@ -205,10 +205,10 @@ def test_a_rule_that_matches_nothing():
 @pytest.mark.parametrize(
     ("arguments", "options", "text"),
     [
-        (("a",), {}, "Rule('a') says nothing: give it a path, drop, layer or flatten"),
-        (("a", "b"), {"drop": True}, "Rule('a') drops and renames to 'b': do one of them"),
-        (("a",), {"layer": "dense"}, "Rule('a'): layer='dense' is none of linear, conv"),
-        (("a",), {"flatten": True}, "Rule('a'): flatten=True should be the number of channels"),
+        (("a",), {}, "Rule('a') does nothing: give it a path, drop, layer or flatten"),
+        (("a", "b"), {"drop": True}, "Rule('a') drops and renames to 'b': choose one"),
+        (("a",), {"layer": "dense"}, "Rule('a'): layer='dense' is not one of linear, conv"),
+        (("a",), {"flatten": True}, "Rule('a'): flatten=True must be the number of channels"),
         (("a", "*"), {}, "Rule('a'): the replacement '*' has more stars than the pattern"),
     ],
 )
@@ -227,7 +227,7 @@ def test_two_names_for_one_leaf():
     message = refused(
         {"fc": dense(2, 2)}, linear("a", 2, 2) | linear("b", 2, 2), rules=[("*", "fc")]
     )
-    assert "the tensors 'a.weight' and 'b.weight' both go by the name 'fc/weight'" in message
+    assert "the tensors 'a.weight' and 'b.weight' both map to 'fc/weight'" in message
 
 
 # A selection.
@@ -361,7 +361,7 @@ def test_dtype():
 def test_a_parameter_of_the_users_own():
     params, source = {"table": np.zeros((3, 3), np.float32)}, {"table": tensor(3, 3)}
     message = refused(params, source)
-    assert "'table' [3, 3] and 'table' [3, 3]: the layer type can't be told" in message
+    assert "'table' [3, 3] and 'table' [3, 3]: the layer type is ambiguous" in message
     assert "declare it with Rule('table', layer=...)" in message
     same = jt.load_into(params, source, rules=[jt.Rule("table", layer="same")])
     np.testing.assert_array_equal(same["table"], tensor(3, 3))
@@ -406,7 +406,7 @@ def test_linens_own_names_tell_a_convolution():
     expected = tensor(4, 4, 3, 2).transpose(2, 3, 1, 0)
     np.testing.assert_array_equal(filled["Conv_0"]["kernel"], expected)
     params = {"ConvTranspose_0": params["Conv_0"]}
-    assert "the layer type can't be told" in refused(params, {"up.weight": tensor(4, 4, 3, 2)})
+    assert "the layer type is ambiguous" in refused(params, {"up.weight": tensor(4, 4, 3, 2)})
 
 
 @pytest.mark.torch

@@ -135,7 +135,7 @@ DEEP = b")" + b"\x85" * 100_000
         (b"X\x00\x08\0\0" + b"m" * 2048 + b"q\0h\0\x93", "name is longer than 1024 characters"),
         (b"NN\x93", "a global whose name is not a string"),
         (b"I999999999999999999999999999999\n", "invalid literal for int"),
-        (b"ccollections\nOrderedDict\n](]e\x85R", "made of something else than pairs"),
+        (b"ccollections\nOrderedDict\n](]e\x85R", "made of something other than pairs"),
         (b"cbuiltins\nset\n}\x85R", "a set of a dict"),
     ],
 )

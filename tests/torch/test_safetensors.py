@@ -89,18 +89,22 @@ def index(tmp_path, content) -> jgt.TorchFileError:
 )
 def test_shards_lie_beside_the_index(tmp_path, name):
     error = index(tmp_path, {"weight_map": {"w": name}})
-    assert (error.entry, error.reason) == ("w", "its file is not a plain name beside the index")
+    assert (error.entry, error.reason) == ("w", "its file is not a plain file name")
 
 
 @pytest.mark.parametrize(
     ("content", "entry", "reason"),
     [
         ("[]", "", "its JSON is a list, expected an object"),
-        ({}, "", "has no object `weight_map` of weights to files"),
-        ({"weight_map": {"w": 1}}, "w", "its file is not a plain name beside the index"),
+        ({}, "", "has no object `weight_map` from weights to files"),
+        ({"weight_map": {"w": 1}}, "w", "its file is not a plain file name"),
         ({"weight_map": {"w": "a.json"}}, "w", "its file is itself an index"),
-        ({"weight_map": {"w": "no"}}, "no", "this file of the index is missing beside it"),
-        ({"weight_map": {"w": "x" * 5000}}, "x" * 77 + "...", "this file of the index is missing"),
+        (
+            {"weight_map": {"w": "no"}},
+            "no",
+            "the index lists this file, but it is missing from the folder",
+        ),
+        ({"weight_map": {"w": "x" * 5000}}, "x" * 77 + "...", "the index lists this file"),
     ],
 )
 def test_indexes_that_lie(tmp_path, content, entry, reason):
@@ -114,7 +118,7 @@ def test_a_weight_that_is_not_in_its_shard(tmp_path):
     safetensors.numpy.save_file({"a": np.ones(1)}, shard)
     error = index(tmp_path, {"weight_map": {"a": shard.name, "b": shard.name}})
     assert (error.path, error.entry) == (str(shard), "b")
-    assert error.reason == "is missing, model.safetensors.index.json has it here"
+    assert error.reason == "is missing, but model.safetensors.index.json lists it here"
 
 
 def test_a_broken_shard_is_named(tmp_path):

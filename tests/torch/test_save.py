@@ -150,7 +150,7 @@ def test_like_of_another_tree():
     with pytest.raises(jt.MappingError) as caught:
         jt.to_torch({"a": np.zeros(3, np.float32)}, like=report)
     assert str(caught.value) == (
-        "`like` is the report of another tree: it has 'a' float32[2], and the parameters have "
+        "`like` is the report of another tree: it has 'a' float32[2], but the parameters have "
         "'a' float32[3]"
     )
 
@@ -196,20 +196,20 @@ def test_a_convolution_that_may_be_transposed_is_not_written():
         jt.to_torch({"up": {"kernel": np.zeros((3, 3, 2, 4))}})
     assert str(caught.value).startswith(
         "the parameters can't be written for PyTorch: 1 problem\nlayout:\n  'up/kernel' "
-        "[3, 3, 2, 4] and 'up.weight': the layer type can't be told; declare it with Rule('up', "
+        "[3, 3, 2, 4] and 'up.weight': the layer type is ambiguous; declare it with Rule('up', "
     )
 
 
 @pytest.mark.parametrize(
     ("name", "params", "text"),
     [
-        ("a.npz", {"a": np.zeros(2)}, "'a.npz' should end in one of .pt, .pth, .bin, .safetensors"),
+        ("a.npz", {"a": np.zeros(2)}, "'a.npz' must end in one of .pt, .pth, .bin, .safetensors"),
         (
             "a.safetensors",
             {"a": np.zeros(2, np.complex128)},
-            "'a' complex128[2]: a safetensors file holds no complex128",
+            "'a' complex128[2]: a safetensors file cannot hold complex128",
         ),
-        ("a.pt", {"a": np.zeros(2, "datetime64[s]")}, "a pt file holds no datetime64[s]"),
+        ("a.pt", {"a": np.zeros(2, "datetime64[s]")}, "a pt file cannot hold datetime64[s]"),
     ],
 )
 def test_what_can_not_be_written(name, params, text, tmp_path):

@@ -137,7 +137,7 @@ def test_missing_and_short_storages(write_zip, body):
     assert (error.entry, error.reason) == ("made/data/0", "this entry is missing from the zip")
     error = refusal(write_zip(small_body(body), {"0": b"1234567"}))
     assert error.entry == "made/data/0"
-    assert error.reason == "holds 7 bytes, its tensors need 8: truncated"
+    assert error.reason == "holds 7 bytes, but its tensors need 8: truncated"
 
 
 def test_a_storage_key_is_only_a_name(write_zip, body):

@@ -1,5 +1,5 @@
-"""Pairs PyTorch's tensors with the leaves of a Flax model, and says how it did.
+"""Maps PyTorch tensors to the leaves of a Flax model, and reports the mapping.
 
-Layers and their layouts stand in `flax_layers` and `layouts`: a PyTorch layer is one record
-there. May import `_reading`, `_tree` and `_text`.
+`flax_layers` knows the layer types and `layouts` their tensors: a new layer type needs a line in
+the first and a function in the second. May import `_reading`, `_tree` and `_text`.
 """

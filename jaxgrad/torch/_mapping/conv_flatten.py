@@ -1,14 +1,14 @@
 """The flatten between convolutions and the first linear layer, which no file records.
 
 PyTorch flattens features as (channels, height, width), Flax as (height, width, channels), unless
-the Flax model moves its channels first before it flattens. Neither choice leaves a trace in
-names or shapes, and the wrong one gives a model that runs and is wrong. So the layers that may
-stand behind such a flatten are found here, and must be declared.
+the Flax model moves its channels first. Neither choice shows in names or shapes, and the wrong
+one gives a model that runs but is wrong. So this module finds the layers that may follow such a
+flatten, and the user must declare them.
 
-A layer may stand there if its inputs are a multiple of a convolution's channels and it comes
-right behind the convolution, in the order of the file or of the Flax model, or if no other layer
-puts out that many features. An order that is alphabetical may be nobody's: then the counts
-decide, and a layer is suspect if more layers take that many features than put them out.
+A layer is suspect if its inputs are a multiple of a convolution's channels and it comes right
+after the convolution, in the order of the file or of the Flax model, or if no other layer outputs
+that many features. An alphabetical order need not be the model's. Then counts decide: a layer is
+suspect if more layers take that many features than output them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 
 class Step(NamedTuple):
-    """A layer as a step of the forward pass: its kind, features in and out, and names."""
+    """A layer as a step of the forward pass: its names, kind, and features in and out."""
 
     name: str
     path: str
@@ -26,11 +26,11 @@ class Step(NamedTuple):
 
 
 def suspects(file: Sequence[Step], model: Sequence[Step]) -> dict[str, int]:
-    """Names of the layers that may stand behind a flatten, to the number of channels before it.
+    """Names of the layers that may follow a flatten, with the number of channels before it.
 
     Args:
         file: the layers in the order of the file.
-        model: the same in the order of the Flax model.
+        model: the same layers in the order of the Flax model.
     """
     orders = [
         steps

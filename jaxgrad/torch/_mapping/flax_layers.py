@@ -1,11 +1,11 @@
-"""A Flax tree as layers: which leaves belong together, and of which type they are.
+"""A Flax tree as layers: which leaves belong together, and the type of each layer.
 
-The type of a layer decides its layout. An NNX module says it by its classes. A tree of arrays
-(an NNX State, Linen variables, a dict) has only names left, and Flax's own are a convention
-that nearly decides: `scale`, `mean` and `var` belong to a norm, `embedding` to an embedding, a
-`kernel` of two axes to a linear layer, `ii`, `hi`, ... to a cell, `query`, `key`, `value` and
-`out` to attention. What they leave open (a convolution or a transposed one, a parameter of the
-user's own) stays open here, and is decided by the file, by a rule, or not at all.
+A layer's type decides its layout. The classes of an NNX module determine it. A tree of arrays (an
+NNX State, Linen variables, a dict) has only names, and Flax's naming convention nearly determines
+it: `scale`, `mean` and `var` belong to a norm, `embedding` to an embedding, a `kernel` of two axes
+to a linear layer, `ii`, `hi`, ... to a cell, `query`, `key`, `value` and `out` to attention. The
+rest (a convolution or a transposed one, a custom parameter) stays open here; the file or a rule
+decides it, or it is an error.
 """
 
 import dataclasses
@@ -37,8 +37,8 @@ _CLASSES: tuple[tuple[type | tuple[type, ...], str], ...] = (
 )
 GATES = {"lstm": "ifgo", "gru": "rzn", "rnn": ""}
 KINDS = ("linear", "conv", "conv_transpose", "norm", "embedding", "same")
-"""What a rule may declare."""
-# A parameter on its own, of a declared type.
+"""The layer types that a rule may declare."""
+# Layouts of a bare parameter of a declared type.
 _ALONE: dict[str, layouts.Layout] = {
     "linear": layouts.Matrix(),
     "conv": layouts.Kernel(),
@@ -48,7 +48,7 @@ _ALONE: dict[str, layouts.Layout] = {
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """An array of the tree: its full path, and its place in the flattened tree."""
+    """An array of the tree: its full path, and its index in the flattened tree."""
 
     path: str
     index: int
@@ -64,15 +64,15 @@ class Layer:
     """A layer of the tree.
 
     Attributes:
-        path: without the Linen collection: `params/head/kernel` is in the layer `head`.
+        path: the path without its Linen collection: `params/head/kernel` is in the layer `head`.
         kind: a key of `GATES`, one of `KINDS`, `attention`, `conv?` (a convolution or a
-            transposed one), `conv_transpose?` (with or without `transpose_kernel`) or `?` (no
-            layer type is known).
-        leaves: by their path below the layer; a leaf on its own has the path "".
-        in_axes: how many axes of a linear kernel are inputs.
-        flipped: for `conv_transpose`, whether Flax holds the kernel flipped.
+            transposed one), `conv_transpose?` (with or without `transpose_kernel`) or `?` (of
+            unknown type).
+        leaves: the leaves, by their path within the layer; a bare leaf has the path "".
+        in_axes: the number of input axes of a linear kernel.
+        flipped: for `conv_transpose`, whether Flax's kernel is flipped.
         sequence: for a cell, whether it is the `cell` of an RNN, which runs it over a sequence.
-        epsilon: of a norm, where a module tells.
+        epsilon: the epsilon of a norm, if a module has it.
     """
 
     path: str
@@ -108,7 +108,7 @@ class Layer:
 
     @property
     def name(self) -> str:
-        """The path by which its PyTorch module would go: `rnn/cell` is `rnn`."""
+        """The path that its PyTorch module would have: `rnn` for `rnn/cell`."""
         if not self.sequence:
             return self.path
         name = self.path.removesuffix("cell").removesuffix("/")
@@ -117,15 +117,15 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """A parameter tree: what is needed to read it and to build its like.
+    """A parameter tree, taken apart so that it can be read and rebuilt.
 
     Attributes:
-        flat: the leaves; of an NNX module, those of its state.
+        flat: the leaves; for an NNX module, those of its state.
         leaves: the arrays that a file can hold (no PRNG keys, no caches), in order.
-        order: paths of the leaves as the container holds them: a module's attributes and a
-            Linen dict stand in the order in which they were made, unless JAX has sorted them.
-        graphdef: of an NNX module.
-        module: the NNX module, where it is one.
+        order: paths of the leaves in the container's order: a module's attributes and a Linen
+            dict keep the order in which they were made, unless JAX has sorted them.
+        graphdef: the graph definition of an NNX module.
+        module: the NNX module, if it is one.
     """
 
     flat: _flat.Flat
@@ -135,7 +135,7 @@ class Tree:
     module: nnx.Module | None = None
 
     def layers(self, *, packed_attention: bool) -> list[Layer]:
-        """The layers; attention as one where the file packs it, else as four linear ones."""
+        """The layers; attention is one layer if the file packs it, else four linear ones."""
         found = list(self._declared()) if self.module is not None else list(self._by_name())
         layers = []
         for layer in found:
@@ -159,7 +159,7 @@ class Tree:
 
     @functools.cached_property
     def nodes(self) -> Mapping[str, Mapping[str, Leaf]]:
-        """The inner nodes, without Linen's collections, to their leaves by the path from there."""
+        """The leaves of each inner node, by path from the node; without Linen collections."""
         nodes: dict[str, dict[str, Leaf]] = {}
         for leaf in self.leaves:
             parts = bare(leaf.path).split("/")
@@ -169,13 +169,13 @@ class Tree:
 
     @property
     def flattens_channels_first(self) -> bool:
-        """Whether the model moves channels first before it flattens, as PyTorch does."""
+        """Whether the model flattens channels first, as PyTorch does."""
         if self.module is None:
             return False
         return any(isinstance(module, Flatten) for _, module in nnx.iter_modules(self.module))
 
     def filled(self, values: Mapping[str, np.ndarray]) -> _flat.PyTree:
-        """The tree with new values by path; the other leaves are the same objects."""
+        """The tree with new values, given by path; the other leaves are the same objects."""
         leaves = list(self.flat.leaves)
         for leaf in self.leaves:
             if leaf.path in values:
@@ -224,7 +224,7 @@ class Tree:
 
 
 def read_tree(params: _flat.PyTree) -> Tree:
-    """Takes a parameter tree apart: an NNX module or State, Linen variables, any pytree."""
+    """Takes apart a parameter tree: an NNX module or State, Linen variables, or any pytree."""
     if isinstance(params, nnx.Module):
         graphdef, state = nnx.split(params)
         return Tree(*_leaves(state), tuple(_in_order(params)), graphdef, params)
@@ -245,7 +245,7 @@ def _leaves(tree: _flat.PyTree) -> tuple[_flat.Flat, list[Leaf]]:
 
 
 def _bookkeeping(tree: _flat.PyTree) -> set[str]:
-    """Paths of NNX Variables that no file holds: random streams, caches, sown values."""
+    """Paths of the NNX Variables that files do not hold: random streams, caches, sown values."""
     kinds = (nnx.RngState, nnx.Cache, nnx.Intermediate)
     nodes, _ = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda x: isinstance(x, nnx.Variable)
@@ -255,10 +255,10 @@ def _bookkeeping(tree: _flat.PyTree) -> set[str]:
 
 
 def _in_order(node: object, path: str = "") -> Iterator[str]:
-    """Paths of the leaves in the order in which the containers hold them."""
+    """Paths of the leaves in their containers' order."""
     if isinstance(node, nnx.List | list | tuple):
         items: Iterable[tuple[object, object]] = enumerate(node)
-    elif isinstance(node, nnx.Module):  # some of which have a `dtype`, as arrays have
+    elif isinstance(node, nnx.Module):  # before arrays: some modules have a `dtype` too
         items = [(key, value) for key, value in vars(node).items() if not key.startswith("_")]
     elif isinstance(node, Mapping):
         items = node.items()
@@ -285,7 +285,7 @@ def _untaken(leaves: Mapping[str, Leaf], taken: Set[str]) -> dict[str, Leaf]:
 
 
 def _with_known_leaves(layer: Layer) -> Layer | None:
-    """The layer without leaves that its type doesn't have; None if that leaves none."""
+    """The layer without the leaves that its type doesn't have; None if none remain."""
     known = {part.leaf for part in layer.parts()}
     leaves = {name: leaf for name, leaf in layer.leaves.items() if name in known}
     return dataclasses.replace(layer, leaves=leaves) if leaves else None
@@ -325,7 +325,7 @@ def _kernel_by_name(node: str, axes: int) -> str | None:
     given = re.fullmatch(r"(Conv|ConvTranspose)_\d+", own)
     if given is None:
         return "conv?"
-    # Of a transposed one the name doesn't tell whether it has `transpose_kernel`.
+    # The name of a transposed one doesn't show whether it has `transpose_kernel`.
     return "conv" if given[1] == "Conv" else "conv_transpose?"
 
 
@@ -340,9 +340,9 @@ def _unpacked(layer: Layer) -> Iterator[Layer]:
 
 
 def _like(old: Array | jax.ShapeDtypeStruct, new: np.ndarray) -> Array:
-    """The new value as the leaf was: a NumPy array stays one, a JAX array keeps its sharding."""
+    """The new value, in the old leaf's form: NumPy stays NumPy, a JAX array keeps its sharding."""
     if isinstance(old, np.ndarray):
         return np.array(new)
-    # A copy: the file's own pages are read-only, and JAX may otherwise share and donate them.
+    # A copy: the file's pages are read-only, and JAX might share and donate them.
     value = jax.numpy.array(new, copy=True)
     return jax.device_put(value, old.sharding) if isinstance(old, jax.Array) else value

@@ -1,11 +1,10 @@
-"""How each layer type lays out its tensors in PyTorch and in Flax, both ways.
+"""The layout of each layer type's tensors in PyTorch and in Flax, in both directions.
 
-A layout belongs to a layer *type*: the shape cannot tell, since a square matrix looks the same
-before and after its transpose. A layer is therefore described as a list of parts, one per Flax
-leaf. A part names the PyTorch tensors it comes from, the block of rows it takes of them
-(PyTorch packs the gates of a cell, and query, key and value, along the first axis) and the
-layout that turns the rows into the leaf. Read forwards the parts fill a Flax tree; read
-backwards they write a PyTorch file, so both directions have one source of truth.
+A layout belongs to a layer *type*, not to a shape: a square matrix looks the same before and
+after its transpose. So a layer is a list of parts, one per Flax leaf. A part names its PyTorch
+tensors, the block of their rows that it takes (PyTorch packs the gates of a cell, and query, key
+and value, along the first axis) and the layout that turns those rows into the leaf. Read
+forwards, the parts fill a Flax tree; read backwards, they write a PyTorch file.
 """
 
 import dataclasses
@@ -24,15 +23,15 @@ class Layout(Protocol):
     """A bijection between a PyTorch tensor (or a block of its rows) and a Flax leaf."""
 
     def torch_shape(self, shape: Shape) -> Shape:
-        """The shape in PyTorch of what has `shape` in Flax."""
+        """The PyTorch shape of a leaf that has `shape` in Flax."""
         ...
 
     def to_flax(self, x: np.ndarray, shape: Shape) -> np.ndarray:
-        """The leaf of `shape` in Flax."""
+        """The Flax leaf, of the given shape."""
         ...
 
     def to_torch(self, x: np.ndarray) -> np.ndarray:
-        """The tensor in PyTorch."""
+        """The PyTorch tensor."""
         ...
 
 
@@ -50,16 +49,16 @@ class Same:
         return x
 
     def __str__(self) -> str:
-        return "as it is"
+        return "unchanged"
 
 
 @dataclasses.dataclass(frozen=True)
 class Vector:
-    """A PyTorch vector; in Flax a vector too, or spread over several axes (attention heads).
+    """A vector in PyTorch; in Flax a vector, or one split over several axes (attention heads).
 
     Attributes:
-        channels: the vector runs over flattened features of so many channels, channels first in
-            PyTorch and last in Flax; 1 where there is no such flatten.
+        channels: the channels of the flattened features that the vector runs over, channels first
+            in PyTorch and last in Flax; 1 without such a flatten.
     """
 
     channels: int = 1
@@ -74,16 +73,18 @@ class Vector:
         return x.reshape(-1, self.channels).T.reshape(-1)
 
     def __str__(self) -> str:
-        return "as it is" if self.channels == 1 else f"flatten of {self.channels} channels permuted"
+        return (
+            "unchanged" if self.channels == 1 else f"flatten of {self.channels} channels permuted"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """PyTorch's (out, in) is Flax's (in, out), either of which may be spread over several axes.
+    """(out, in) in PyTorch, (in, out) in Flax, where either may be split over several axes.
 
     Attributes:
-        in_axes: how many leading axes of the Flax kernel are inputs.
-        channels: the inputs are flattened features of so many channels; see `Vector`.
+        in_axes: the number of input axes of the Flax kernel; they come first.
+        channels: the channels of the flattened features that are the inputs; see `Vector`.
     """
 
     in_axes: int = 1
@@ -107,14 +108,14 @@ class Matrix:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A convolution's kernel: PyTorch's spatial axes come last, Flax's first.
+    """A convolution's kernel: spatial axes come last in PyTorch, first in Flax.
 
-    `Conv` holds (out, in / groups, *spatial) in PyTorch. `ConvTranspose` holds (in, out,
-    *spatial), and PyTorch reads it as the gradient of a convolution, so its kernel is flipped
-    where Flax's is not; with `transpose_kernel=True` Flax reads it as PyTorch does.
+    PyTorch's `Conv` has (out, in / groups, *spatial), its `ConvTranspose` (in, out, *spatial). It
+    treats the latter as the gradient of a convolution, so the kernel is flipped relative to
+    Flax's, unless that has `transpose_kernel=True`.
 
     Attributes:
-        flipped: for a `ConvTranspose` with `transpose_kernel=False`.
+        flipped: whether this is a `ConvTranspose` with `transpose_kernel=False`.
     """
 
     flipped: bool = False
@@ -146,12 +147,13 @@ class Part:
     """Where one Flax leaf of a layer comes from.
 
     Attributes:
-        leaf: the leaf's path below the layer: `kernel`, `query/kernel`.
-        sources: PyTorch tensors, by their names below the module. Where there are several they
-            are summed: Flax's cells have one bias where PyTorch's have two.
-        layout: what turns the rows into the leaf.
+        leaf: the leaf's path within the layer: `kernel`, `query/kernel`.
+        sources: the names of PyTorch tensors within the module. Several are summed: PyTorch's
+            cells have two biases, Flax's one.
+        layout: turns the rows into the leaf.
         block: (k, n) for the k-th of n equal blocks of rows.
-        zero_last: the last third of the second source must be zero, as the leaf can't hold it.
+        zero_last: whether the last third of the second source must be zero, because the leaf
+            can't hold it.
     """
 
     leaf: str
@@ -161,13 +163,13 @@ class Part:
     zero_last: bool = False
 
     def torch_shape(self, shape: Shape) -> Shape:
-        """The shape of each source as a whole, for a leaf of `shape`."""
+        """The full shape of each source, for a leaf of `shape`."""
         rows = self.layout.torch_shape(shape)
         n = self.block[1]
         return (rows[0] * n, *rows[1:]) if n > 1 else rows
 
     def to_flax(self, tensors: Mapping[str, np.ndarray], shape: Shape) -> np.ndarray:
-        """The leaf, of the given shape, from the tensors by their names below the module."""
+        """The leaf, of the given shape, from the module's tensors by name."""
         first, *others = (self._rows(tensors[source]) for source in self.sources)
         for other in others:
             first = first + other
@@ -180,7 +182,7 @@ class Part:
         if self.block[1] > 1:
             words.append(f"rows {self.block[0] + 1}/{self.block[1]}")
         layout = str(self.layout)
-        if layout != "as it is" or not words:
+        if layout != "unchanged" or not words:
             words.append(layout)
         return ", ".join(words)
 
@@ -193,8 +195,8 @@ class Part:
 def to_torch(parts: Sequence[Part], leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The PyTorch tensors of a layer from its Flax leaves.
 
-    The sum of two biases comes back as the first of them; the second is made of negative
-    zeros, the one value that leaves every number, bit for bit, as it was when it is added.
+    A sum of two biases is written as the first. The second becomes negative zeros, since adding
+    -0.0 leaves every value unchanged, bit for bit.
     """
     blocks: dict[str, dict[int, np.ndarray]] = {}
     for part in parts:
@@ -221,7 +223,7 @@ def _total(blocks: Mapping[int, np.ndarray]) -> Shape:
     )
 
 
-# One function per layer type: from the paths of its leaves to its parts.
+# One function per layer type, from the paths of its leaves to its parts.
 
 
 def linear(leaves: Sequence[str], *, in_axes: int = 1, channels: int = 1) -> list[Part]:
@@ -246,12 +248,12 @@ def embedding(leaves: Sequence[str]) -> list[Part]:
 
 
 def same(leaves: Sequence[str]) -> list[Part]:
-    """A layer of the user's own that holds its weight as Flax does: GPT-2's `Conv1D`."""
+    """A custom layer that stores its weight in Flax's layout, as GPT-2's `Conv1D` does."""
     return _weight_and_bias(leaves, Same())
 
 
 def attention(leaves: Sequence[str], *, separate: bool = False) -> list[Part]:
-    """`torch.nn.MultiheadAttention`; `separate` where keys have their own width (`kdim`)."""
+    """`torch.nn.MultiheadAttention`; `separate` if keys have their own width (`kdim`)."""
     parts = []
     for k, name in enumerate(("query", "key", "value")):
         weight, block = (
@@ -270,8 +272,8 @@ _BIASES = ("bias_ih", "bias_hh")
 def cell(leaves: Sequence[str], gates: str) -> list[Part]:
     """`torch.nn.LSTM` (gates `ifgo`), `GRU` (`rzn`), `RNN` (no gates) and their cells.
 
-    Flax has two forms of each: fused, with all gates in one kernel (`dense_i`, `dense_h`), and
-    one kernel for each gate (`ii`, `hi`, ...).
+    Flax has two forms of each: fused, with all gates in one kernel (`dense_i`, `dense_h`), or
+    with one kernel per gate (`ii`, `hi`, ...).
     """
     if "dense_i/kernel" in leaves:
         return _fused_cell(leaves, gates)
@@ -299,8 +301,8 @@ def _fused_cell(leaves: Sequence[str], gates: str) -> list[Part]:
     biased = [leaf for leaf in ("dense_i/bias", "dense_h/bias") if leaf in leaves]
     if len(biased) == 2:
         return parts + [Part(b, (s,), Vector()) for b, s in zip(biased, _BIASES, strict=True)]
-    # The GRU's new gate is tanh(W x + b_in + r * (U h + b_hn)): b_hn stands inside the product
-    # with r, so no sum of biases can hold it.
+    # The GRU's new gate is tanh(W x + b_in + r * (U h + b_hn)): r multiplies b_hn, so no sum of
+    # biases can hold it.
     return parts + [Part(b, _BIASES, Vector(), zero_last=gates == "rzn") for b in biased]
 
 

@@ -1,7 +1,7 @@
-"""From PyTorch names to Flax leaves.
+"""Fills the leaves of a Flax tree from PyTorch names.
 
-Three things must agree before a value is moved: which module fills which layer (`pairing`), how the
-layer's type lays out its tensors (`_layouts`, `_decide`), and shapes and dtypes (`_ledger`).
+Three things must be settled before a value is moved: which module fills which layer (`pairing`),
+how the layer's type lays out its tensors (`layouts`, `resolve`), and shapes and dtypes (`plan`).
 """
 
 from collections.abc import Sequence
@@ -24,16 +24,17 @@ T = TypeVar("T")
 def load_into(params: T, source: Source, *, rules: Rules = (), wrt: Wrt | None = None) -> T:
     """Returns a Flax tree filled with the values of a PyTorch file.
 
-    Layouts go by layer type: the classes of an NNX module, else the names of Flax's leaves
-    (`kernel`, `scale`, `embedding`, ...), the structure in a whole-module file, and rules.
+    Layer types decide the layouts. They come from the classes of an NNX module or the names of
+    Flax's leaves (`kernel`, `scale`, `embedding`, ...), from the structure in a whole-module file,
+    and from rules.
 
     Args:
         params: an NNX module or State, Linen variables or their params, or any pytree whose
-            leaves have a shape and a dtype (so an abstract tree of `jax.eval_shape` serves). It
-            is not changed.
+            leaves have a shape and a dtype (the abstract tree of `jax.eval_shape`, for one). It
+            is not modified.
         source: the file's path, a `Checkpoint`, or a mapping from PyTorch names to arrays.
-        rules: ordered (pattern, replacement) pairs from PyTorch names to Flax paths, where the
-            structure doesn't decide, and `Rule`s for what else must be declared.
+        rules: ordered (pattern, replacement) pairs from PyTorch names to Flax paths, for names
+            that the structure leaves open, and `Rule`s for what else must be declared.
         wrt: the Flax leaves to load, all by default; see `select`. The file must have each of
             them. The others keep their initial value: `"!head/**"` loads all but a new head.
 
@@ -42,7 +43,7 @@ def load_into(params: T, source: Source, *, rules: Rules = (), wrt: Wrt | None =
 
     Raises:
         MappingError: a name is missing, left over, or differs in shape or dtype; a layout or a
-            flatten must be declared. The message lists all of them, with the nearest candidates.
+            flatten must be declared. The message lists all problems, with the nearest candidates.
         SelectionError: `wrt` does not fit `params`; see `select`.
         TorchFileError: the file can't be read.
 
@@ -58,7 +59,7 @@ def load_into(params: T, source: Source, *, rules: Rules = (), wrt: Wrt | None =
 
 
 def match(params: PyTree, source: Source, *, rules: Rules = (), wrt: Wrt | None = None) -> Report:
-    """Returns the report of what `load_into` would do, which carries it out with `apply()`.
+    """Returns a report of what `load_into` would do; its `apply()` does it.
 
     Args:
         params: as in `load_into`.
@@ -67,7 +68,7 @@ def match(params: PyTree, source: Source, *, rules: Rules = (), wrt: Wrt | None 
         wrt: as in `load_into`.
 
     Returns:
-        A `Report`: every leaf, what fills it, by which layout and why, and what is not used.
+        A `Report`: what fills each leaf, by which layout and why, and which names are unused.
 
     Raises:
         MappingError, SelectionError, TorchFileError: as in `load_into`.
@@ -100,7 +101,7 @@ def match(params: PyTree, source: Source, *, rules: Rules = (), wrt: Wrt | None 
 
 
 def _own_names(layers: Sequence[Layer]) -> dict[str, str]:
-    """Leaf paths, with and without their collection, to the path of the tensor behind them."""
+    """Maps leaf paths, with and without their collection, to the path of their only tensor."""
     own = {}
     for layer in layers:
         for part in layer.parts():

@@ -1,9 +1,9 @@
-"""Which PyTorch module fills which Flax layer, where the structure decides it.
+"""Pairs PyTorch modules with Flax layers, if names or structure determine the pair.
 
-Layers are paired, not tensors: a layer's weight, bias and statistics stay together. A name
-decides first. Where names differ, a layer takes the only module that fits it, and layers that
-many modules fit are paired by their numbers, if both sides count the same way. What is left
-open is not guessed: it is reported, with the candidates, for a rule to decide.
+Layers are paired, not tensors, so a layer's weight, bias and statistics stay together. Names
+decide first. If they differ, a layer takes the only module that fits it; layers that several
+modules fit are paired by their numbers, if both sides count the same way. The rest is not
+guessed: it is reported, with candidates, for a rule to decide.
 """
 
 import collections
@@ -22,7 +22,7 @@ Signature = frozenset[tuple[str, tuple[int, ...]]]
 
 
 class Match(NamedTuple):
-    """A layer, its module, and why."""
+    """A layer, its module, and why they belong together."""
 
     layer: Layer
     group: Group
@@ -35,16 +35,15 @@ def pair(
     tensors: Mapping[str, np.ndarray],
     loads: Callable[[Layer], bool],
 ) -> list[Match]:
-    """Pairs layers with modules; what has no partner is left out.
+    """Pairs layers with modules; those without a partner are left out.
 
     Args:
-        layers: of the Flax tree.
-        groups: modules of the file, renamed.
-        tensors: by the names in the file.
+        layers: the layers of the Flax tree.
+        groups: the modules of the file, renamed.
+        tensors: the tensors of the file, by name.
         loads: whether any leaf of a layer is to be loaded; other layers pair by name alone.
     """
     matches: list[Match] = []
-    # Layers compare by their paths: two may not share one.
     open_layers = {layer.path: layer for layer in layers}
     open_groups = {group.path: group for group in groups}
 
@@ -65,13 +64,8 @@ def pair(
             if len(ours) == len(theirs) == 1:
                 progress |= take([(ours[0], theirs[0])], "only one that fits")
             else:
-                progress |= take(_alike_in_name(ours, theirs), "names end and count alike")
+                progress |= take(_alike_in_name(ours, theirs), "same last word, numbered alike")
     return matches
-
-
-def fits(layer: Layer, group: Group, tensors: Mapping[str, np.ndarray]) -> bool:
-    """Whether names and shapes of a module are those that the layer needs."""
-    return _needed(layer) == _given(group, tensors)
 
 
 def _same_name(layers: Iterable[Layer], groups: Iterable[Group]) -> list[tuple[Layer, Group]]:
@@ -85,7 +79,7 @@ def _same_name(layers: Iterable[Layer], groups: Iterable[Group]) -> list[tuple[L
 
 
 def _same_end(layers: Iterable[Layer], groups: Iterable[Group]) -> list[tuple[Layer, Group]]:
-    """`module.head` is `head`: one path ends in the other, and only one does."""
+    """Pairs `module.head` with `head`: one path ends in the other, and no other does."""
     layers = list(layers)
     by_word: dict[str, list[Group]] = collections.defaultdict(list)
     for group in groups:
@@ -111,7 +105,7 @@ def _ends(a: str, b: str) -> bool:
 def _of_one_shape(
     layers: Sequence[Layer], groups: Sequence[Group], tensors: Mapping[str, np.ndarray]
 ) -> list[tuple[list[Layer], list[Group]]]:
-    """Layers and modules of equal names and shapes, put together."""
+    """Groups the layers and modules that have the same tensor names and shapes."""
     ours: dict[Signature, list[Layer]] = collections.defaultdict(list)
     theirs: dict[Signature, list[Group]] = collections.defaultdict(list)
     for layer in layers:
@@ -136,9 +130,9 @@ def _given(group: Group, tensors: Mapping[str, np.ndarray]) -> Signature:
 def _alike_in_name(layers: Sequence[Layer], groups: Sequence[Group]) -> list[tuple[Layer, Group]]:
     """Pairs by last words and numbers: `fc1`, `fc2` with `Dense_0`, `Dense_1`.
 
-    Names that differ in their numbers only form a family. Two families are paired if they alone
-    remain, or if their names end in the same word, and only if they count alike: the same
-    nesting, with as many at each place.
+    Names that differ only in their numbers form a family. Two families are paired if no others
+    remain or if their names end in the same word, and only if they are numbered alike: the same
+    nesting, with equally many at each level.
     """
     ours, theirs = _families((x.name, x) for x in layers), _families((x.path, x) for x in groups)
     found: list[tuple[Layer, Group]] = []
@@ -162,7 +156,7 @@ def _families(named: Iterable[tuple[str, T]]) -> dict[str, dict[Numbers, T]]:
 
 
 def _ranked(family: Mapping[Numbers, T]) -> dict[Numbers, T]:
-    """Numbers as ranks, place by place, without the places where all are equal."""
+    """Turns numbers into ranks, position by position, and drops positions that are constant."""
     places = [sorted(set(column)) for column in zip(*family, strict=True)]
     return {
         tuple(

@@ -1,6 +1,6 @@
-"""The account of a mapping: every tensor and every leaf has an entry, a reason, or a problem.
+"""Accounts for every tensor and every leaf: with an entry, a reason, or a problem.
 
-Problems are collected and raised together, since a mapping is repaired by reading all of it.
+Problems are collected and raised together: one rule often fixes many of them.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _NOT_SELECTED = "not selected"
 
 @dataclasses.dataclass
 class Ledger:
-    """The mapping in the making: what is settled, and what stands against it."""
+    """A mapping under construction: what is settled so far, and the problems."""
 
     file: File
     tree: Tree
@@ -36,14 +36,14 @@ class Ledger:
     compared: int = 0
 
     def loads(self, layer: Layer) -> bool:
-        """Whether any leaf of the layer is to be loaded."""
+        """Whether any leaf of the layer is selected."""
         return any(leaf.path in self.selected for leaf in layer.leaves.values())
 
     def settle(self, matches: Sequence[Match]) -> None:
-        """Decides the layout of each pair, and checks what is to be loaded.
+        """Decides the layout of each pair, and checks the selected leaves.
 
         A layer that is not selected raises no problem. It still counts as evidence for a flatten,
-        and keeps its names for the way back where its layout is certain.
+        and if its layout is certain, its names are kept for writing the file back.
         """
         shapes = {name: x.shape for name, x in self.file.tensors.items()}
         place = {name: i for i, name in enumerate(shapes)}
@@ -80,7 +80,7 @@ class Ledger:
         free = [
             name for group in groups if id(group) not in matched for name in group.tensors.values()
         ]
-        wanted: dict[str, str] = {}  # names that a file should have, to the leaves they fill
+        wanted: dict[str, str] = {}  # missing names, and the leaves that they would fill
         for layer in layers:
             if layer.path in paired:
                 continue
@@ -104,7 +104,11 @@ class Ledger:
                 self.dropped[name] = _NOT_SELECTED
             else:
                 close = [wanted[near] for near in self._nearest(name, wanted)]
-                hint = f"nearest unfilled: {_listed(close)}" if close else "no leaf is near"
+                hint = (
+                    f"nearest unfilled: {_listed(close)}"
+                    if close
+                    else "no unfilled leaf has a similar name"
+                )
                 self._left_over(name, hint)
 
     def report(self) -> Report:
@@ -141,7 +145,7 @@ class Ledger:
                 self.dropped[name] = _NOT_SELECTED
 
     def _check(self, layer: Layer, group: Group, part: Part, why: str) -> None:
-        """Enters a leaf that all agrees on; lists what does not."""
+        """Enters a leaf if names, shapes and dtypes agree; records a problem otherwise."""
         leaf = layer.leaves[part.leaf]
         absent = [source for source in part.sources if source not in group.tensors]
         if absent:
@@ -163,8 +167,8 @@ class Ledger:
             if np.any(last != 0):
                 self._problem(
                     "layout",
-                    f"{names[1]!r} has a bias inside the reset gate (its last third), for which "
-                    f"{leaf} has no room: nnx.GRUCell has no such bias. Give the cell one: "
+                    f"{names[1]!r} has a bias inside the reset gate (its last third), which {leaf} "
+                    "can't hold: nnx.GRUCell has no such bias. Give the cell one: "
                     "cell.dense_h = nnx.Linear(hidden, 3 * hidden, rngs=rngs)",
                 )
         if len(self.problems) == before:
@@ -179,14 +183,14 @@ class Ledger:
         close = self._nearest(wanted[0] if wanted else leaf.path.replace("/", "."), free)
         found = [describe(name, self.file.tensors[name]) for name in close]
         names = " + ".join(map(repr, wanted)) or "tensor of this name"
-        hint = f"nearest: {listed(found)}" if found else "none is near"
+        hint = f"nearest: {listed(found)}" if found else "no name is similar"
         self._problem("missing", f"{leaf}: the file has no {names}; {hint}")
 
     def _left_over(self, name: str, why: str) -> None:
         self._problem("left over", f"{describe(name, self.file.tensors[name])}: {why}")
 
     def _nearest(self, name: str, candidates: Iterable[str]) -> list[str]:
-        # Each search reads all candidates: with thousands of problems it would take minutes.
+        # Each search compares all candidates, which would take minutes for thousands of problems.
         candidates = list(candidates)
         self.compared += len(candidates)
         return nearest(name, candidates) if self.compared < _MOST_COMPARED else []

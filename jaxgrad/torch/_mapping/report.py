@@ -1,4 +1,4 @@
-"""What went where: the plan of a mapping as something to read, to apply, and to go back by."""
+"""The report of a mapping: read it, apply it, or use it to write the file back."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from jaxgrad.torch._mapping.layouts import Part
 
 
 class MappingError(ValueError):
-    """PyTorch tensors and Flax parameters do not fit: the message lists the names at fault.
+    """PyTorch tensors and Flax parameters do not fit; the message lists every problem.
 
     Example:
         >>> import numpy as np, jaxgrad as jg
@@ -29,18 +29,18 @@ class MappingError(ValueError):
     __module__ = "jaxgrad.torch"
 
 
-_MOST_SHOWN = 40  # of one kind; the first tell what is wrong, and a thousand say no more
+_MOST_SHOWN = 40  # of each kind: the first few show what is wrong, a thousand add nothing
 
 
 class Problem(NamedTuple):
-    """One thing that stands against a mapping: a key of `_ADVICE`, and what is wrong."""
+    """One reason why a mapping fails: a key of `_ADVICE`, and a description."""
 
     kind: str
     text: str
 
 
 def fault(what: str, problems: Sequence[Problem]) -> MappingError:
-    """The error that lists the problems, each kind with what to do."""
+    """An error that lists the problems by kind, each kind with advice."""
     lines = [f"{what}: {count(problems, 'problem', verb=False)}"]
     for kind, advice in _ADVICE.items():
         texts = list(dict.fromkeys(problem.text for problem in problems if problem.kind == kind))
@@ -57,12 +57,12 @@ class Entry:
     """One Flax leaf and what fills it.
 
     Attributes:
-        path: of the leaf.
-        sources: names in the file; several where a sum of them fills the leaf.
-        shape: of the leaf.
-        dtype: of the leaf.
-        layout: what is done to the tensor, in words: `(out, in) -> (in, out)`.
-        matched: why these names: `same name`, `only one that fits`, the rule in words, ...
+        path: the leaf's path.
+        sources: names in the file; several if their sum fills the leaf.
+        shape: the leaf's shape.
+        dtype: the leaf's dtype.
+        layout: how the tensor is rearranged: `(out, in) -> (in, out)`.
+        matched: why these names match: `same name`, `only one that fits`, or the rule.
 
     Example:
         >>> import numpy as np, jaxgrad as jg
@@ -82,7 +82,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A layer and what fills it: `parts` name tensors below the module, `names` in the file."""
+    """A layer and what fills it; `names` maps the names within the module to those in the file."""
 
     layer: Layer
     parts: Sequence[Part]
@@ -96,8 +96,8 @@ class Report:
 
     Attributes:
         entries: every leaf that is filled.
-        kept: paths that stay at their initial value, to the reason.
-        dropped: names in the file that fill nothing, to the reason.
+        kept: paths of leaves that keep their initial value, with the reason.
+        dropped: names in the file that fill no leaf, with the reason.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np, jaxgrad as jg
@@ -106,7 +106,7 @@ class Report:
         >>> report = jg.torch.match(params, tensors)
         >>> report
         2 of 2 leaves filled
-          fc/bias   <- fc.bias    float32[2]    as it is              same name
+          fc/bias   <- fc.bias    float32[2]    unchanged             same name
           fc/kernel <- fc.weight  float32[3,2]  (out, in) -> (in, out)  same name
         >>> report.apply()["fc"]["kernel"].shape
         (3, 2)
@@ -120,10 +120,10 @@ class Report:
     _tensors: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
 
     def apply(self) -> PyTree:
-        """Returns the tree, of the kind that was given to `match`, with the file's values.
+        """Returns the tree that was passed to `match`, filled with the file's values.
 
         Returns:
-            A new tree; leaves that the report lists as kept are those of the old one.
+            A new tree of the same kind. Kept leaves are the same objects as before.
 
         Example:
             >>> import numpy as np, jaxgrad as jg
@@ -171,15 +171,15 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
 _ADVICE = {
     "missing": 'rename with rules=[("<PyTorch name>", "<Flax path>")], or keep leaves at their '
     'initial value with wrt="!<Flax path>/**"',
-    "left over": 'give it a place with rules=[("<PyTorch name>", "<Flax path>")], leave it out '
+    "left over": 'map it with rules=[("<PyTorch name>", "<Flax path>")], leave it out '
     'with Rule("<PyTorch name>", drop=True), or read one part of a training checkpoint with '
     'read(path).sub("<prefix>")',
-    "shape": "build the Flax model with the sizes of the file, or pair other names by rules",
-    "dtype": "build the Flax model with that param_dtype, or convert on the way: "
+    "shape": "build the Flax model with the file's sizes, or pair other names with rules",
+    "dtype": "build the Flax model with that param_dtype, or convert the tensors: "
     "{name: x.astype(dtype) for name, x in read(path).tensors.items()}",
     "layout": "layouts are never guessed from shapes: a square matrix looks the same transposed",
-    "layer type": "pair other names by rules, or use the same layer in the Flax model",
-    "setting": "no tensor shows it: build the Flax layer with the setting of the file",
-    "flatten": "PyTorch flattens channels first, Flax channels last, and no file says which "
-    "features a layer takes",
+    "layer type": "pair other names with rules, or use the same layer in the Flax model",
+    "setting": "no tensor shows it: build the Flax layer with the file's setting",
+    "flatten": "PyTorch flattens channels first, Flax channels last, and no file records which "
+    "order a layer expects",
 }

@@ -1,7 +1,7 @@
-"""What names and shapes leave open about a pair of layers: type, settings, a flatten before it.
+"""Decides what names and shapes leave open about a pair: layer type, settings, a flatten before it.
 
-Both directions decide here, filling a Flax tree and writing a PyTorch file, from the same evidence
-and with the same refusals.
+Filling a Flax tree and writing a PyTorch file both decide here, so they use the same evidence and
+refuse the same cases.
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ from jaxgrad.torch._mapping.rules import Group
 
 
 def typed(found: Match, told: str | None, shapes: Mapping[str, Shape]) -> Layer | Problem:
-    """The layer with its type decided, or why it can't be.
+    """The layer with its type decided, or why it is ambiguous.
 
     Args:
         found: a layer and its module.
-        told: the layer type in a whole-module file.
-        shapes: of the file's tensors by name; empty if the file is yet to be written.
+        told: the layer type that a whole-module file records.
+        shapes: the shapes of the file's tensors, by name; empty if the file is yet to be written.
     """
     layer, group, _ = found
     if group.layer == "same" and layer.kind in ("linear", "conv", "conv_transpose"):
@@ -48,13 +48,13 @@ def typed(found: Match, told: str | None, shapes: Mapping[str, Shape]) -> Layer 
     )
     return Problem(
         "layout",
-        f"{leaf.path!r} {list(leaf.shape)} and {name!r}{shape}: the layer type can't be told; "
+        f"{leaf.path!r} {list(leaf.shape)} and {name!r}{shape}: the layer type is ambiguous; "
         f"declare it with Rule({module_of(name, group)!r}, layer=...): {choices}",
     )
 
 
 def settings(layer: Layer, config: Mapping[str, Any]) -> Problem | None:
-    """A setting that no tensor shows, and that differs between the file and the Flax model."""
+    """A setting that no tensor shows and that differs between the file and the Flax model."""
     ours: dict[str, Any] = {} if layer.epsilon is None else {"eps": layer.epsilon}
     if layer.kind == "attention":
         ours["num_heads"] = layer.leaves["query/kernel"].shape[1]
@@ -68,7 +68,7 @@ def settings(layer: Layer, config: Mapping[str, Any]) -> Problem | None:
 
 
 def channels(matches: Sequence[Match], tree: Tree) -> tuple[dict[str, int], dict[str, Problem]]:
-    """Paths of layers to the channels before their flatten, or to why it must be declared."""
+    """By layer path: the channels before its flatten, or why the flatten must be declared."""
     if tree.flattens_channels_first:
         return {}, {}
     steps = {m.layer.path: _step(m) for m in matches if m.layer.kind not in ("same", "?")}
@@ -89,7 +89,7 @@ def channels(matches: Sequence[Match], tree: Tree) -> tuple[dict[str, int], dict
         elif group.flatten and step.inputs % group.flatten:
             problems[layer.path] = Problem(
                 "flatten",
-                f"{step.name!r} takes {step.inputs} features, which is no multiple of the "
+                f"{step.name!r} takes {step.inputs} features, which is not a multiple of the "
                 f"{group.flatten} channels that a rule declares",
             )
         else:
@@ -98,7 +98,7 @@ def channels(matches: Sequence[Match], tree: Tree) -> tuple[dict[str, int], dict
 
 
 def module_of(name: str, group: Group) -> str:
-    """The name of the module that a tensor of the group is in; a parameter stands for itself."""
+    """The name of the module that holds a tensor; a bare parameter has its own name."""
     return name if "" in group.tensors else name.rpartition(".")[0]
 
 
@@ -109,7 +109,7 @@ def _compatible(kind: str, told: str) -> bool:
 def _open_kind(
     layer: Layer, group: Group, told: str | None, shapes: Mapping[str, Shape]
 ) -> str | None:
-    """The type of a layer that Flax leaves open, from the file; None where it is open too."""
+    """The layer type that Flax leaves open, from the file; None if that leaves it open too."""
     if layer.kind == "?":
         return "same" if len(layer.leaves[""].shape) <= 1 else None
     weight = shapes.get(group.tensors.get("weight", ""))
@@ -120,7 +120,7 @@ def _open_kind(
         return "conv"
     if kernel[-1] == kernel[-2]:
         return None
-    # The two readings differ in where the channels stand, so the shape refutes one of them.
+    # The two types order the channels differently, so the shape rules one of them out.
     as_conv = weight[:2] == (kernel[-1], kernel[-2])
     return "conv" if as_conv else "conv_transpose"
 
@@ -153,7 +153,7 @@ def _step(found: Match) -> Step:
 def _undeclared(step: Step, channels: int) -> str:
     return (
         f"{step.name!r} takes {step.inputs} = {channels} x {step.inputs // channels} features and "
-        f"may stand behind a flatten of {channels} channels; declare it with "
+        f"may follow a flatten of {channels} channels; declare it with "
         f"Rule({step.name!r}, flatten={channels}) if the Flax model flattens channels last, or "
-        f"Rule({step.name!r}, flatten=False) if it moves them first or nothing is flattened"
+        f"Rule({step.name!r}, flatten=False) if it flattens channels first or not at all"
     )

@@ -1,4 +1,4 @@
-"""PyTorch's names: renamed by rules, and grouped into modules.
+"""Renames PyTorch names by rules, and groups them into modules.
 
 Rules speak the library's pattern language, with `.` between levels as PyTorch writes it: `*` is
 one level or a part of it, `**` any number of levels. The stars of the replacement stand for
@@ -30,24 +30,24 @@ _CELL = re.compile(r"(weight_ih|weight_hh|bias_ih|bias_hh)(?:_l(\d+)(_reverse)?)
 class Rule:
     """What to do with the PyTorch names that match a pattern.
 
-    The rules are ordered: a name is renamed (or dropped) by the first rule that does so and
-    matches, and its layer is declared by the first rule that does so and matches.
+    Rules are ordered, and the first match wins: the first matching rule that renames or drops
+    decides a name, the first that declares a layer or a flatten decides that.
 
     Attributes:
         pattern: a PyTorch name, `features.0.weight`, or the name of a module, `features.0`, which
             takes all in it along. `*` matches within a level, `**` across levels.
-        path: the Flax path that takes its place; its stars are filled, in order, with what those
-            of the pattern matched. None keeps the name.
-        drop: the tensors are left out on purpose.
-        layer: the layer type, where it can't be told: "linear", "conv", "conv_transpose", "norm",
-            "embedding"; or "same", for a parameter of your own and for a layer that PyTorch holds
-            as Flax does (GPT-2's `Conv1D` is a linear layer with an (in, out) weight).
-        flatten: for the layer behind a flatten of convolutional features: how many channels the
-            features have, since PyTorch flattens (channels, height, width) and Flax (height, width,
-            channels); or False, where the Flax model itself flattens channels first.
+        path: the Flax path that replaces it. Its stars stand, in order, for what the pattern's
+            stars matched. None keeps the name.
+        drop: leaves the tensors out.
+        layer: the layer type, if it is ambiguous: "linear", "conv", "conv_transpose", "norm",
+            "embedding"; or "same" for a custom parameter, and for a layer that PyTorch stores in
+            Flax's layout (GPT-2's `Conv1D` is a linear layer with an (in, out) weight).
+        flatten: for the layer after a flatten of convolutional features, their number of channels:
+            PyTorch flattens (channels, height, width), Flax (height, width, channels). False if
+            the Flax model flattens channels first too.
 
     Raises:
-        MappingError: a rule that says nothing or contradicts itself.
+        MappingError: the rule does nothing, or contradicts itself.
 
     Example:
         >>> import jaxgrad as jg
@@ -56,7 +56,7 @@ class Rule:
         >>> jg.torch.Rule("fc1")
         Traceback (most recent call last):
             ...
-        jaxgrad.torch.MappingError: Rule('fc1') says nothing: give it a path, drop, layer or flatten
+        jaxgrad.torch.MappingError: Rule('fc1') does nothing: give it a path, drop, layer or flatten
 
     Source: the `key_mapping` of Transformers' `from_pretrained`, as globs.
     """
@@ -71,14 +71,14 @@ class Rule:
     def __post_init__(self) -> None:
         what = f"Rule({self.pattern!r})"
         if self.path is None and not self.drop and self.layer is None and self.flatten is None:
-            raise MappingError(f"{what} says nothing: give it a path, drop, layer or flatten")
+            raise MappingError(f"{what} does nothing: give it a path, drop, layer or flatten")
         if self.drop and self.path is not None:
-            raise MappingError(f"{what} drops and renames to {self.path!r}: do one of them")
+            raise MappingError(f"{what} drops and renames to {self.path!r}: choose one")
         if self.layer is not None and self.layer not in KINDS:
-            raise MappingError(f"{what}: layer={self.layer!r} is none of {', '.join(KINDS)}")
+            raise MappingError(f"{what}: layer={self.layer!r} is not one of {', '.join(KINDS)}")
         if self.flatten is True or (self.flatten is not None and self.flatten < 0):
             raise MappingError(
-                f"{what}: flatten={self.flatten!r} should be the number of channels before the "
+                f"{what}: flatten={self.flatten!r} must be the number of channels before the "
                 "flatten, or False"
             )
         if self.path is not None and self.path.count("*") > self.pattern.count("*"):
@@ -90,7 +90,7 @@ class Rule:
         return f"{self.pattern} -> {self.path}" if self.path is not None else self.pattern
 
     def renamed(self, name: str) -> str | None:
-        """The Flax path of a PyTorch name; None where the pattern does not match."""
+        """The Flax path of a PyTorch name; None if the pattern does not match."""
         found = _regex(self.pattern).fullmatch(name.replace(".", "/"))
         if found is None:
             return None
@@ -110,11 +110,11 @@ class Group:
     """The tensors of one PyTorch module.
 
     Attributes:
-        path: the module's name with `/` between the levels, after the rules. A layer of a
-            many-layered LSTM counts as a module: `lstm/l0`.
-        tensors: names below the module (`weight`; `bias_ih` without its `_l0`) to names in the
-            file. A parameter on its own has the name "".
-        renamed: the rule that renamed it, in words.
+        path: the module's name after the rules, with `/` between levels. Each layer of a
+            multi-layer LSTM counts as a module: `lstm/l0`.
+        tensors: names within the module (`weight`; `bias_ih` without its `_l0`), mapped to names
+            in the file. A bare parameter has the name "".
+        renamed: the rule that renamed it, as text.
         layer: the layer type that a rule declared.
         flatten: what a rule declared about a flatten.
     """
@@ -128,14 +128,14 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """All names of a file: grouped, dropped by a rule, and known as bookkeeping."""
+    """All names of a file: grouped into modules, or dropped, with the reason."""
 
     groups: Sequence[Group]
     dropped: Mapping[str, str]
 
 
 def as_rules(rules: Rules) -> list[Rule]:
-    """Rules from rules and (pattern, replacement) pairs."""
+    """Converts (pattern, replacement) pairs to `Rule`s."""
     made = []
     for rule in rules:
         if isinstance(rule, Rule):
@@ -157,10 +157,10 @@ def group(
 
     Args:
         names: PyTorch names, in file order.
-        rules: ordered.
-        own: Flax leaf paths that stand for one tensor of their module, to this tensor's path
+        rules: the rules, in order.
+        own: paths of Flax leaves that one tensor fills, mapped to the path of that tensor
             (`head/kernel` -> `head/weight`), so that a rule may name the leaf itself.
-        bare: paths of Flax leaves that belong to no layer.
+        bare: paths of Flax leaves outside of any layer.
     """
     names, bare = list(names), set(bare)
     check_used(rules, names)
@@ -181,8 +181,8 @@ def group(
         tensors = found.setdefault(module, {})
         if tensor in tensors:
             raise MappingError(
-                f"the tensors {tensors[tensor]!r} and {name!r} both go by the name {path!r}: "
-                "change the rules so that each has its own, or drop one with Rule(..., drop=True)"
+                f"the tensors {tensors[tensor]!r} and {name!r} both map to {path!r}: change "
+                "the rules so that each has its own path, or drop one with Rule(..., drop=True)"
             )
         tensors[tensor] = name
         rule_of.setdefault(module, rule)
@@ -224,7 +224,7 @@ def declared(names: Iterable[str], rules: Sequence[Rule]) -> tuple[str | None, F
 
 
 def _split(path: str, bare: set[str], name: str, packed: set[str]) -> tuple[str, str]:
-    """A path as module and tensor, where some modules of PyTorch's reach over two levels."""
+    """Splits a path into module and tensor; some of PyTorch's modules span two levels."""
     if path in bare:
         return path, ""
     module, _, tensor = path.rpartition("/")
@@ -240,7 +240,7 @@ def _split(path: str, bare: set[str], name: str, packed: set[str]) -> tuple[str,
 
 
 def _only_layer_zero(groups: Sequence[Group]) -> list[Group]:
-    """`lstm/l0` goes by `lstm` where the LSTM has no further layer."""
+    """Shortens `lstm/l0` to `lstm` if the LSTM has one layer."""
     paths = [group.path for group in groups if "weight_ih" in group.tensors]
 
     def shorter(path: str) -> str:

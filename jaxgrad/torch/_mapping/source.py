@@ -1,4 +1,4 @@
-"""What may be mapped: a path, a checkpoint, or any mapping from names to arrays."""
+"""The source of a mapping: a path, a checkpoint, or any mapping from names to arrays."""
 
 import dataclasses
 import os
@@ -14,7 +14,7 @@ from jaxgrad.torch._reading.module import Module
 from jaxgrad.torch._reading.read import Checkpoint, read
 
 Source: TypeAlias = str | os.PathLike[str] | Checkpoint | Mapping[str, ArrayLike]
-"""A PyTorch file's path, what `read` made of it, or a mapping from names to arrays."""
+"""A PyTorch file's path, a `Checkpoint`, or a mapping from names to arrays."""
 
 _TORCH_KINDS = {
     "Linear": "linear",
@@ -31,7 +31,7 @@ _TORCH_KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """What the mapping needs of a source."""
+    """What a mapping needs to know of its source."""
 
     name: str
     tensors: Mapping[str, np.ndarray]
@@ -52,7 +52,7 @@ class File:
         return File(source.path.name, source.tensors, source.tied, source.module)
 
     def structure(self, group: Group) -> Module | None:
-        """PyTorch's own module that holds the tensors, where the file tells."""
+        """The `torch.nn` module that holds the tensors, if the file records it."""
         if self.module is None or "" in group.tensors:
             return None
         name = next(n for short, n in group.tensors.items() if not short.startswith("out_proj"))
@@ -64,11 +64,11 @@ class File:
         return module if module.cls.startswith("torch.nn.") else None
 
     def kind(self, group: Group) -> str | None:
-        """The layer type of a module, where the file tells."""
+        """The layer type of a module, if the file records it."""
         module = self.structure(group)
         return None if module is None else _TORCH_KINDS.get(module.cls.rpartition(".")[2])
 
     def config(self, group: Group) -> Mapping[str, Any]:
-        """The configuration of a module, where the file tells."""
+        """The configuration of a module, if the file records it."""
         module = self.structure(group)
         return {} if module is None else module.config

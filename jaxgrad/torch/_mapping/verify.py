@@ -1,4 +1,4 @@
-"""The proof of a mapping: recorded outputs, computed again.
+"""Proves a mapping by comparing the model's outputs with recorded ones.
 
 Shapes and names can agree while a gate, an axis or an epsilon is wrong. Only the outputs show it.
 """
@@ -20,12 +20,12 @@ from jaxgrad.torch._mapping.source import Source
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """How far outputs are from the recorded ones.
+    """How far outputs differ from the recorded ones.
 
     Attributes:
         max_error: the largest absolute difference.
         scale: the largest absolute value among the recorded outputs.
-        at: the index (with a path before it, in a tree of outputs) of the largest difference.
+        at: the index of the largest difference, preceded by its path in a tree of outputs.
 
     Example:
         >>> import jaxgrad as jg
@@ -53,14 +53,14 @@ def verify(
     atol: float = 1e-5,
     rtol: float = 1e-5,
 ) -> Comparison:
-    """Compares a model's outputs with those that PyTorch gave.
+    """Compares a model's outputs with outputs recorded in PyTorch.
 
     Args:
-        model: a callable NNX module, run in inference mode; or any parameter tree with `apply`.
-        source: what to load into the model first, as in `load_into`; None if that is done.
-        inputs: the model's input, or a tuple of its arguments, as the Flax model takes them
+        model: a callable NNX module, run in inference mode, or any parameter tree, run by `apply`.
+        source: what to load into the model first, as in `load_into`; None if it is loaded already.
+        inputs: the model's input, or a tuple of its arguments, in the Flax model's layout
             (images with channels last).
-        expected: the recorded output, or a tree of outputs, as the Flax model gives them.
+        expected: the recorded output, or a tree of outputs, in the Flax model's layout.
         apply: `(model, *inputs) -> output`, for a parameter tree.
         rules: as in `load_into`.
         wrt: as in `load_into`.
@@ -71,8 +71,8 @@ def verify(
         The `Comparison`.
 
     Raises:
-        MappingError: an output has another shape, is not a number where the recorded one is, or
-            differs by more than `atol + rtol * abs(expected)`.
+        MappingError: an output has another shape, is NaN and the recorded one is not, or differs
+            by more than `atol + rtol * abs(expected)`.
 
     Example:
         >>> import numpy as np, jaxgrad as jg
@@ -100,7 +100,7 @@ def verify(
 
 
 def _inference(model: nnx.Module) -> Callable[..., PyTree]:
-    """A copy in inference mode: batch statistics are used, nothing is dropped or written."""
+    """A copy in inference mode: it uses running statistics, and drops and updates nothing."""
     model = nnx.clone(model)
     model.eval()
     return model  # pyright: ignore[reportReturnType]
@@ -117,17 +117,17 @@ def _compare(outputs: PyTree, expected: PyTree, atol: float, rtol: float) -> Com
     over = 0
     total = 0
     for name, (_, a), (_, b) in zip(names[0], ours, theirs, strict=True):
-        # A wider type, so that the difference is that of the values and not of its own rounding.
+        # In a wider type, so that the difference itself is not rounded.
         a, b = np.asarray(a), np.asarray(b)
         if a.shape != b.shape:
             raise MappingError(
-                f"the output{name} has shape {a.shape} and the recorded one {b.shape}: PyTorch has "
-                "channels first, Flax last; bring the recorded output into the model's order"
+                f"the output{name} has shape {a.shape} and the recorded one {b.shape}: PyTorch "
+                "puts channels first, Flax last; transpose the recorded output to the model's order"
             )
         wide = np.complex128 if np.iscomplexobj(a) or np.iscomplexobj(b) else np.float64
         a, b = a.astype(wide), b.astype(wide)
         equal = (a == b) | (np.isnan(a) & np.isnan(b))
-        with np.errstate(invalid="ignore"):  # inf - inf is no number, and so no small error
+        with np.errstate(invalid="ignore"):  # inf - inf is NaN, which is not a small error
             error = np.where(equal, 0.0, np.abs(a - b))
             error = np.where(np.isnan(error), np.inf, error)
             over += int(np.sum(~(error <= atol + rtol * np.where(np.isfinite(b), np.abs(b), 0))))
@@ -139,7 +139,7 @@ def _compare(outputs: PyTree, expected: PyTree, atol: float, rtol: float) -> Com
     if over:
         raise MappingError(
             f"{over} of {total} outputs differ by more than {atol:g} + {rtol:g} * abs(expected): "
-            f"{worst}. Look at the epsilons and momenta of norms, at activations and paddings, "
-            "at the order of axes in the inputs, and at `print(jaxgrad.torch.match(...))`"
+            f"{worst}. Check the epsilons and momenta of norms, activations and paddings, the "
+            "order of the inputs' axes, and `print(jaxgrad.torch.match(...))`"
         )
     return worst

@@ -1,5 +1,5 @@
-"""Builds Flax models from PyTorch modules found in files.
+"""Builds Flax models from the PyTorch modules in files.
 
-`translate` knows each class of `torch.nn`. May import `_mapping`, `_reading`, `_tree` and
-`_text`.
+`translate` handles the classes of `torch.nn`: add a new one there. May import `_mapping`,
+`_reading`, `_tree` and `_text`.
 """

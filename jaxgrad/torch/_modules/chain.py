@@ -1,6 +1,6 @@
-"""Modules that a chain of PyTorch layers needs and Flax has not: as plain as the layers.
+"""Modules that chains of PyTorch layers need and Flax does not have.
 
-Arrays run through a chain with their channels last, as Flax's convolutions want them.
+Arrays in a chain have their channels last, as Flax's convolutions expect.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,14 +16,14 @@ Layer: TypeAlias = nnx.Module | Callable[..., Array]
 
 
 class Chain(nnx.Module):
-    """Layers that run one after the other, under the names that they have in PyTorch.
+    """Layers that run one after another, under their PyTorch names.
 
     So `features.0.weight` is at `features/0/kernel`. A layer may run more than once.
 
     Args:
-        layers: modules, or functions of one array, by name, in the order of PyTorch's registration.
-        forward: names (or functions of one array) in the order in which they run; by default the
-            layers as they stand.
+        layers: modules, or functions of one array, by name, in PyTorch's registration order.
+        forward: names of layers, or functions of one array, in the order in which they run; by
+            default the layers in their own order.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxgrad as jg
@@ -72,8 +72,8 @@ class Chain(nnx.Module):
 class Flatten(nnx.Module):
     """Flattens all axes but the first, channels first, as PyTorch does.
 
-    The features come in PyTorch's order, so the layer behind needs no permutation; the price is
-    one transpose of the activations.
+    The features are in PyTorch's order, so the next layer's weights need no permutation. The cost
+    is one transpose of the activations.
 
     Example:
         >>> import jax.numpy as jnp, jaxgrad as jg

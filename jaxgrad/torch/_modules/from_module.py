@@ -1,13 +1,12 @@
-"""A Flax model from a whole-module file, where the file tells how its layers follow each other.
+"""Builds a Flax model from a whole-module file, if the file shows how its layers run.
 
-A pickled module holds its layers and their configuration, but not `forward`: that is the code of
-a class, which is not in the file. PyTorch's own `Sequential` runs its layers in order, so a tree
-of those is a program. Of a user's class only the order of registration is known, and it is taken
-for the order of running only where nearly nothing else is possible: one chain of sizes that
-fit, a nonlinear layer between any two linear maps (else the activations are calls in `forward`),
-nothing registered once that may run in many places, no parameters of its own, and fewer or
-more features out than in (else its input may be added to its output). All else is refused, and
-the caller says how the layers run.
+A pickled module holds its layers and their configuration, but not `forward`, which is the code of
+a class. PyTorch's own `Sequential` runs its layers in order, so a tree of those is a program. For
+a custom class only the registration order is known. It is taken as the execution order only if
+hardly anything else is possible: one chain of sizes that fit, a nonlinear layer between any two
+linear maps (otherwise `forward` calls the activations), nothing registered once that may run in
+several places, no parameters of its own, and fewer or more features out than in (otherwise it may
+add its input to its output). Anything else is refused, and the caller must pass the order.
 """
 
 import functools
@@ -35,7 +34,7 @@ from jaxgrad.torch._reading.read import Checkpoint, read
 Step: TypeAlias = str | Callable[[jax.Array], jax.Array]
 Layers: TypeAlias = "dict[str, Layer | Layers]"
 _OWN = "torch.nn.modules."
-_SAY = 'say how it runs: forward=("fc1", jax.nn.relu, "fc2", ...)'
+_PASS = 'pass how it runs: forward=("fc1", jax.nn.relu, "fc2", ...)'
 
 
 def from_module(
@@ -43,27 +42,27 @@ def from_module(
 ) -> Chain:
     """Builds a Flax NNX model, weights included, from a file that holds a whole PyTorch module.
 
-    Arrays have their channels last: a model of images takes (batch, height, width, channels)
-    where PyTorch's takes (batch, channels, height, width), and gives such arrays if its output
-    has spatial axes. A model that starts with a Flatten or a Linear takes arrays as PyTorch does.
-    The model is in inference mode, as after `.eval()`; `model.train()` leaves it.
+    Arrays have their channels last: an image model takes (batch, height, width, channels), not
+    PyTorch's (batch, channels, height, width), and returns such arrays if its output has spatial
+    axes. A model that starts with a Flatten or a Linear takes the same arrays as in PyTorch. The
+    model is in inference mode, as after `.eval()`; `model.train()` switches to training.
 
-    What a class of your own does in `forward` beside running its layers (a reshape at the start,
-    a `log_softmax` at the end) is not in the file: prove the model with `verify`.
+    The file does not record what the `forward` of a custom class does besides running its layers
+    (a reshape at the start, a `log_softmax` at the end): prove the model with `verify`.
 
     Args:
         source: the file's path, or its `Checkpoint`.
         forward: the names of the root module's layers (`"fc1"`, `"features.0"`), and functions of
-            one channels-last array for what `forward` calls itself, in the order in which they run.
-            A name may come twice. Needed where the order can't be known.
+            one channels-last array for what `forward` itself calls, in the order in which they
+            run. A name may repeat. Required if the file doesn't show the order.
         rules: as in `load_into`.
 
     Returns:
         A `Chain` whose paths are PyTorch's names: `features.0.weight` is `features/0/kernel`.
 
     Raises:
-        MappingError: the file holds no module; the order in which it runs isn't known; a layer
-            has no equal in Flax.
+        MappingError: the file holds no module or doesn't show how it runs, or a layer has no
+            equivalent in Flax.
         TorchFileError: the file can't be read.
 
     Example:
@@ -82,14 +81,14 @@ def from_module(
         source = read(source)
     if not isinstance(source, Checkpoint) or source.module is None:
         raise MappingError(
-            "the source holds tensors and no module, so nothing tells how the model is built: "
-            "build the Flax model and use jaxgrad.torch.load_into"
+            "the source holds tensors but no module, so it doesn't show how the model is built: "
+            "build the Flax model yourself and use jaxgrad.torch.load_into"
         )
     if source.tied:
         names = listed(map(repr, source.tied[0]))
         raise MappingError(
             f"{names} are one tensor: build the Flax model with one layer in both places and use "
-            "jaxgrad.torch.load_into, or they would part in training"
+            "jaxgrad.torch.load_into, or they would diverge in training"
         )
     # Flax keeps running statistics in float32, whatever the model's dtype.
     tensors = {
@@ -101,7 +100,7 @@ def from_module(
 
 
 class _Builder:
-    """Builds chains while it follows what runs between the layers."""
+    """Builds chains, and tracks the features that flow between layers."""
 
     def __init__(self, tensors: Mapping[str, np.ndarray]):
         self.tensors = tensors
@@ -118,7 +117,7 @@ class _Builder:
         if module.cls == f"{_OWN}container.Sequential":
             return self.chain(path, module, flow)
         if module.cls.startswith(f"{_OWN}container."):
-            raise _refuse(path, module, f"it has no forward of its own; {_SAY}")
+            raise _refuse(path, module, f"it has no forward of its own; {_PASS}")
         if module.cls.startswith(_OWN):
             return translate.translate(self.spec(path, module), flow, self.rngs)
         self.check_obvious(path, module)
@@ -131,7 +130,7 @@ class _Builder:
         return Chain(layers), flow
 
     def declared(self, module: Module, forward: Sequence[Step]) -> Chain:
-        """A chain that runs as the caller says; layers are built as they first run."""
+        """A chain in the caller's order; each layer is built when it first runs."""
         layers: Layers = {}
         steps: list[Step] = []
         flow = Flow()
@@ -155,7 +154,7 @@ class _Builder:
         ]
         if idle:
             raise MappingError(
-                f"forward runs no layer that holds {listed(map(repr, idle))}: name it too"
+                f"forward leaves out the layer of {listed(map(repr, idle))}: name it too"
             )
         return _nested(layers, steps)
 
@@ -166,28 +165,28 @@ class _Builder:
         return Spec(path, cls, module.config, tuple(module.parameters), dtype)
 
     def check_obvious(self, path: str, module: Module) -> None:
-        """Raises unless the layers of a class of the user's own can run in one order only."""
+        """Raises unless the layers of a custom class can run in only one order."""
         if own := [*module.parameters, *module.buffers]:
             raise _refuse(path, module, f"it uses {listed(map(repr, own))} by itself")
         leaves = [self.spec(p, m) for p, m in _leaves(path, module)]
         maps = [i for i, leaf in enumerate(leaves) if translate.is_map(leaf.cls)]
         if not maps:
-            raise _refuse(path, module, f"it has no linear or convolutional layer; {_SAY}")
+            raise _refuse(path, module, f"it has no linear or convolutional layer; {_PASS}")
         if translate.is_activation(leaves[0].cls):
-            raise _refuse(path, module, f"{leaves[0].path!r} is registered first; {_SAY}")
+            raise _refuse(path, module, f"{leaves[0].path!r} is registered first; {_PASS}")
         for a, b in itertools.pairwise(maps):
             if not any(translate.is_activation(leaf.cls) for leaf in leaves[a:b]):
                 raise _refuse(
                     path,
                     module,
                     f"nothing nonlinear is registered between {leaves[a].path!r} and "
-                    f"{leaves[b].path!r}, so its forward calls functions, or runs a layer twice, "
-                    f"which the file doesn't hold; {_SAY}",
+                    f"{leaves[b].path!r}, so its forward calls functions or runs a layer twice, "
+                    f"which the file doesn't record; {_PASS}",
                 )
         pools = [leaf.path for leaf in leaves if translate.is_pooling(leaf.cls)]
         convolutions = [leaf for leaf in leaves if leaf.cls.startswith("Conv")]
         if len(pools) == 1 and len(convolutions) > 1:
-            raise _refuse(path, module, f"{pools[0]!r} may run more than once; {_SAY}")
+            raise _refuse(path, module, f"{pools[0]!r} may run more than once; {_PASS}")
         inputs, outputs = (
             translate.sizes(leaves[maps[0]])[0],
             translate.sizes(leaves[maps[-1]])[1],
@@ -196,19 +195,19 @@ class _Builder:
             raise _refuse(
                 path,
                 module,
-                f"it gives as many features as it takes ({inputs}), so it may add its input to its "
-                f"output; {_SAY}",
+                f"it returns as many features as it takes ({inputs}), so it may add its input to "
+                f"its output; {_PASS}",
             )
 
 
 def _through(function: Callable[[jax.Array], jax.Array], flow: Flow) -> Flow:
-    """What comes out of a function of the caller's, found by tracing it on some shape."""
+    """The flow after a function of the caller, found by tracing it at some shape."""
     if flow.spatial is None:
         return flow
     shape = (1, *(64,) * flow.spatial, flow.features or 64)
     out = jax.eval_shape(function, jax.ShapeDtypeStruct(shape, jnp.float32))
     spatial = len(out.shape) - 2
-    # Of a flatten the number of features depends on the 64 that stands for the real size.
+    # After a flatten, the number of features depends on the 64 that replaces the real size.
     known = flow.features is not None and spatial == flow.spatial
     return Flow(out.shape[-1] if known else None, spatial)
 
@@ -229,7 +228,7 @@ def _find(module: Module, name: str) -> Module:
         if part not in found.children:
             close = nearest(name, [path for path, _ in _leaves("", module)])
             hint = f"; nearest: {listed(map(repr, close))}" if close else ""
-            raise MappingError(f"forward names {name!r}, which the module has not{hint}")
+            raise MappingError(f"forward names {name!r}, which the module does not have{hint}")
         found = found.children[part]
     return found
 
@@ -240,9 +239,9 @@ def _put(layers: Layers, name: str, layer: Layer) -> None:
     if rest and isinstance(there, dict):
         _put(there, rest, layer)
     elif not rest and isinstance(there, dict):
-        raise MappingError(f"forward names {name!r} and layers inside it: name one of them")
+        raise MappingError(f"forward names {name!r} and layers inside it: choose one")
     else:
-        layers.setdefault(head, layer)  # it runs once more, or inside a chain that is there
+        layers.setdefault(head, layer)  # it runs again, or inside a chain that exists
 
 
 def _nested(layers: Layers, steps: Sequence[Step]) -> Chain:
@@ -256,4 +255,4 @@ def _join(path: str, name: str) -> str:
 
 def _refuse(path: str, module: Module, why: str) -> MappingError:
     where = f"{path!r} ({module.cls})" if path else module.cls
-    return MappingError(f"how {where} runs can't be known: {why}")
+    return MappingError(f"the file doesn't show how {where} runs: {why}")

@@ -1,8 +1,8 @@
-"""One PyTorch layer as a Flax layer: its configuration translated, its weights still to come.
+"""Translates the configuration of a PyTorch layer into a Flax layer, without its weights.
 
-A translation knows what runs into the layer (`Flow`): PyTorch keeps channels first and Flax
-last, so what an axis number means depends on whether there are spatial axes. What a layer can
-do in PyTorch and not in Flax is refused by name, never approximated.
+A translation knows the layer's input (`Flow`): PyTorch puts channels first and Flax last, so the
+meaning of an axis number depends on whether there are spatial axes. What Flax's layer cannot do is
+refused by name, never approximated.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ Activation: TypeAlias = Callable[[jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Flow:
-    """What runs between two layers.
+    """The features that flow between two layers.
 
     Attributes:
-        features: how many channels or features; None if it is not known.
-        spatial: how many spatial axes, 0 if the features are last in PyTorch too; None before
-            the first layer that tells.
+        features: the number of channels or features; None if unknown.
+        spatial: the number of spatial axes; 0 if PyTorch has the features last too; None until a
+            layer determines it.
     """
 
     features: int | None = None
@@ -43,7 +43,7 @@ class Flow:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """A layer of the file: where it is, its class without package, what it is configured with."""
+    """A layer of the file: its path, class (without package), configuration and parameters."""
 
     path: str
     cls: str
@@ -58,11 +58,11 @@ class Spec:
         """Refuses a configuration that differs from the given values."""
         for key, value in values.items():
             if (found := self.config.get(key, value)) != value:
-                raise self.refuse(f"{key}={found!r} has no equal in Flax, only {value!r}")
+                raise self.refuse(f"{key}={found!r} has no equivalent in Flax, only {value!r} has")
 
 
 def translate(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Layer, Flow]:
-    """The Flax layer, a module or a function of one array, and what runs out of it.
+    """The Flax layer, a module or a function of one array, and the flow out of it.
 
     Raises:
         MappingError: the layer, or this configuration of it, has no translation.
@@ -73,7 +73,7 @@ def translate(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Layer, Flow]:
         known = ", ".join(sorted([*_LAYERS, *_ACTIVATIONS]))
         raise spec.refuse(
             "no translation to Flax. Build the Flax model yourself and use "
-            f"jaxgrad.torch.load_into. Known are {known}"
+            f"jaxgrad.torch.load_into. Supported are {known}"
         )
     return _LAYERS[spec.cls](spec, flow, rngs)
 
@@ -89,12 +89,12 @@ def is_activation(cls: str) -> bool:
 
 
 def is_pooling(cls: str) -> bool:
-    """Whether a layer pools; it holds nothing, so a model may run it in many places."""
+    """Whether a layer pools; it has no parameters, so a model may run it in several places."""
     return "Pool" in cls
 
 
 def sizes(spec: Spec) -> tuple[int, int]:
-    """Features in and out of a linear map."""
+    """The numbers of input and output features of a linear map."""
     config = spec.config
     if spec.cls == "Linear":
         return config["in_features"], config["out_features"]
@@ -105,8 +105,8 @@ def _linear(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Layer, Flow]:
     inputs, outputs = sizes(spec)
     if flow.spatial:
         raise spec.refuse(
-            "runs over features with spatial axes: PyTorch would take the last of them for the "
-            "features. A Flatten is missing, or is in a forward that the file doesn't hold: name "
+            "runs over features with spatial axes: PyTorch would take the last axis for the "
+            "features. A Flatten is missing, or is in a forward that the file doesn't record: name "
             "the layers in forward=, with a jaxgrad.torch.Flatten() among them"
         )
     _check_features(spec, flow, inputs)
@@ -127,7 +127,7 @@ def _conv(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Layer, Flow]:
     if padding == "valid":
         padding = 0
     if padding == "same":
-        # The side that gets one more where the sum is odd is the same in both libraries.
+        # If the sum is odd, both libraries pad the same side by one more.
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         pads = [(t // 2, t - t // 2) for t in total]
     else:
@@ -178,7 +178,7 @@ def _batch_norm(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Layer, Flow]:
     features, momentum = spec.config["num_features"], spec.config.get("momentum", 0.1)
     _check_features(spec, flow, features)
     if momentum is None:
-        raise spec.refuse("momentum=None, a cumulative average, has no equal in Flax")
+        raise spec.refuse("momentum=None, a cumulative average, has no equivalent in Flax")
     n = int(spec.cls[-2])
     if n > 1:
         _check_spatial(spec, flow, n)
@@ -202,7 +202,8 @@ def _layer_norm(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Layer, Flow]:
     features, *others = (shape,) if isinstance(shape, int) else shape
     if others or flow.spatial:
         raise spec.refuse(
-            f"normalises over {shape} of channels-first features; Flax's runs over the last axis"
+            f"normalises over {shape} of channels-first features; Flax normalises over "
+            "the last axis"
         )
     _check_features(spec, flow, features)
     layer = nnx.LayerNorm(
@@ -236,7 +237,7 @@ def _group_norm(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Layer, Flow]:
 
 def _embedding(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Layer, Flow]:
     if not flow.is_start:
-        raise spec.refuse("takes the output of another layer, which is no index")
+        raise spec.refuse("takes the output of another layer, which is not an index")
     spec.only(max_norm=None)
     rows, features = spec.config["num_embeddings"], spec.config["embedding_dim"]
     return nnx.Embed(rows, features, param_dtype=spec.dtype, rngs=rngs), Flow(features, 0)
@@ -252,7 +253,7 @@ def _flatten(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Layer, Flow]:
     if flow.is_start or flow.spatial == 0:
         return _flatten_last, Flow(None, 0)
     if flow.spatial is None:
-        raise spec.refuse("whether there are spatial axes to flatten isn't known here")
+        raise spec.refuse("it is unknown whether there are spatial axes to flatten")
     return Flatten(), Flow(None, 0)
 
 
@@ -304,7 +305,7 @@ def _global_pool(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Layer, Flow]:
     n = int(spec.cls[-2])
     _check_spatial(spec, flow, n)
     if (size := _each(spec.config["output_size"], n)) != (1,) * n:
-        raise spec.refuse(f"output_size={size} has no equal in Flax, only 1")
+        raise spec.refuse(f"output_size={size} has no equivalent in Flax, only 1 has")
     reduce = jnp.mean if "Avg" in spec.cls else jnp.max
     layer = functools.partial(reduce, axis=tuple(range(1, n + 1)), keepdims=True)
     return layer, Flow(flow.features, n)
@@ -323,12 +324,12 @@ def _softmax(spec: Spec, flow: Flow, rngs: nnx.Rngs) -> tuple[Layer, Flow]:
 
 def _check_features(spec: Spec, flow: Flow, inputs: int) -> None:
     if flow.features is not None and flow.features != inputs:
-        raise spec.refuse(f"takes {inputs} features, and the layer before gives {flow.features}")
+        raise spec.refuse(f"takes {inputs} features, but the layer before returns {flow.features}")
 
 
 def _check_spatial(spec: Spec, flow: Flow, n: int) -> None:
     if flow.spatial is not None and flow.spatial != n:
-        raise spec.refuse(f"takes {n} spatial axes, and the layer before gives {flow.spatial}")
+        raise spec.refuse(f"takes {n} spatial axes, but the layer before returns {flow.spatial}")
 
 
 def _each(value: int | Sequence[int], n: int) -> tuple[int, ...]:

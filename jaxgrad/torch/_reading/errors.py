@@ -1,8 +1,8 @@
-"""What is said when a file cannot be read.
+"""The error for a file that cannot be read.
 
-A checkpoint is data from elsewhere: whatever is wrong with it, the caller meets exactly one
-exception type. The layers below know the reason but not where they are, so they raise
-`MalformedError`; whoever opened the file or entry adds its name with `naming`.
+A checkpoint is foreign data: whatever is wrong with it, the caller sees exactly one exception
+type. The parsers know the reason but not the file, so they raise `MalformedError`; the code that
+opened the file or entry adds its name with `naming`.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ class TorchFileError(ValueError):
 
     Args:
         path: the file.
-        entry: the part of it at fault: a zip entry, a tensor's name, or "" for the whole file.
-        reason: what is wrong and, where something can be done, what to do.
+        entry: the part at fault: a zip entry, a tensor's name, or "" for the whole file.
+        reason: what is wrong and, if possible, what to do.
 
     Attributes:
         path: as passed.

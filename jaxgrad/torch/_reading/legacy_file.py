@@ -1,8 +1,8 @@
 """The container of `torch.save` before PyTorch 1.6: five pickles, then the storages' bytes.
 
-Magic number, protocol, system information, the object, and the storages' keys; then for every key
-its element count and its bytes. There are no lengths, so a pickle ends only where it is parsed to
-its end, and no checksums.
+Magic number, protocol, system information, the object, and the storages' keys; then each storage's
+element count and bytes. There are no checksums, and no lengths: only parsing a pickle finds its
+end.
 """
 
 import mmap
@@ -15,7 +15,7 @@ from jaxgrad.torch._reading.tensors import Storage
 from jaxgrad.torch._reading.torch_globals import REBUILD, Unreadable, load_storage
 from jaxgrad.torch._reading.unpickler import Machine
 
-# The pickle of 0x1950a86a20f9469cfc6c, by which such a file is known.
+# The pickle of 0x1950a86a20f9469cfc6c, which identifies such a file.
 MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _PROTOCOL = 1001
 
@@ -57,7 +57,7 @@ def _load(
 def _persistent(loaded: dict[str, Storage], pid: tuple[Any, ...]) -> Any:
     kind, fields = pid[0], pid[1:]
     if kind == "module":
-        # A module's class comes with its source code, which is of no use here.
+        # A module's class comes with its source code, which is not needed.
         if not fields:
             raise MalformedError("a module's persistent id without a class")
         return fields[0]
@@ -75,18 +75,19 @@ def _persistent(loaded: dict[str, Storage], pid: tuple[Any, ...]) -> Any:
 
 
 def _place(data: mmap.mmap, at: int, keys: Sequence[object], loaded: dict[str, Storage]) -> None:
-    """Gives every storage its start, from the order of the keys."""
+    """Sets each storage's start, from the order of the keys."""
     for key in keys:
         storage = loaded.get(key) if isinstance(key, str) else None
         if storage is None or storage.start >= 0:
-            raise MalformedError("a key without a storage, or twice", "storage keys")
+            raise MalformedError("a key without a storage, or a repeated one", "storage keys")
         name = f"storage {shorten(storage.key)}"
         if at + 8 > len(data):
             raise MalformedError("the file ends before this storage: it is truncated", name)
         (count,) = struct.unpack_from("<q", data, at)
         if count * storage.dtype.itemsize != storage.nbytes:
             raise MalformedError(
-                f"has {count} elements of {storage.dtype}, the object says otherwise", name
+                f"has {count} elements of {storage.dtype}, but the object records another size",
+                name,
             )
         storage.start = at + 8
         at = storage.start + storage.nbytes

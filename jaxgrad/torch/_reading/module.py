@@ -1,9 +1,9 @@
-"""Named tensors, scalars and module trees out of an object graph.
+"""Extracts named tensors, scalars and module trees from an object graph.
 
-A pickled `torch.nn.Module` is its `__dict__`: walking `_parameters`, `_buffers` (less the
-non-persistent ones) and `_modules` gives the names and values of its `state_dict()`. Nested
-dicts and sequences give dotted names in the same way. The graph may share parts, so the number
-of names can be exponential in its size, and it may contain itself: depth and names are limited.
+A pickled `torch.nn.Module` is its `__dict__`: walking `_parameters`, `_buffers` (without the
+non-persistent ones) and `_modules` gives the names and values of its `state_dict()`. Nested dicts
+and sequences give dotted names in the same way. The graph may share parts, so the number of names
+can be exponential in its size, and it may contain itself. So depth and names are limited.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from jaxgrad.torch._reading.unpickler import Global, Object
 T = TypeVar("T")
 
 MAX_DEPTH = 128
-# A walk's limit, in characters of names, with visits weighed by what they take: some 10 s at most,
-# and a module tree of 200,000 modules.
+# The limit of a walk, in characters of names plus a weight per visit. It allows about 10 s, and a
+# tree of 200,000 modules.
 MAX_NAMES_COST = 1 << 27
 MAX_CONFIG_LENGTH = 64
 MAX_NAMED_ELEMENTS = 1024
@@ -33,10 +33,10 @@ class Module:
 
     Attributes:
         cls: the class, by its import path: "torch.nn.modules.linear.Linear", "__main__.Net".
-        config: its public attributes that are scalars, or flat tuples of scalars: `in_features`,
-            `kernel_size`, `p`, `eps`. A function (`torch.nn.functional.relu`) stands by its name.
+        config: its public attributes that are scalars or flat tuples of scalars: `in_features`,
+            `kernel_size`, `p`, `eps`. A function (`torch.nn.functional.relu`) appears as its name.
         children: its submodules by name, in registration order.
-        parameters: the names of its own parameters, in order; those that are None are left out.
+        parameters: the names of its own parameters, in order, without those that are None.
         buffers: the names of its own persistent buffers, likewise.
 
     Example:
@@ -66,7 +66,7 @@ class Module:
 
 @dataclasses.dataclass(slots=True)
 class Contents:
-    """What a walk finds, by dotted name."""
+    """What a walk has found, by dotted name."""
 
     tensors: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -85,7 +85,7 @@ class Contents:
             raise MalformedError("too many names (parts may be shared)", _shown(name))
 
     def add(self, kind: dict[str, T], name: str, value: T) -> None:
-        """Puts a leaf under its name, which must be new."""
+        """Adds a leaf under a new name."""
         if name in self._names:
             raise MalformedError("two entries have this name", _shown(name))
         self._names.add(name)
@@ -97,7 +97,7 @@ def _shown(name: str) -> str:
 
 
 def contents(root: object) -> Contents:
-    """All that can be read of an unpickled object graph."""
+    """Everything readable in an unpickled object graph."""
     found = Contents()
     _visit(found, "", root, 0)
     return found
@@ -132,7 +132,7 @@ def _visit(found: Contents, name: str, node: object, depth: int) -> None:
 
 
 def _is_long_plain(node: object) -> TypeGuard[Sequence[object]]:
-    """Whether a sequence, say a history of losses, is better one value than many."""
+    """Whether a sequence (a history of losses, say) is better kept as one value than as many."""
     return (
         isinstance(node, (list, tuple))
         and len(node) > MAX_NAMED_ELEMENTS
@@ -141,7 +141,7 @@ def _is_long_plain(node: object) -> TypeGuard[Sequence[object]]:
 
 
 def _children(node: object) -> Iterable[tuple[Any, Any]] | None:
-    """A container's keys and elements; None for what is no container."""
+    """A container's keys and elements; None for anything else."""
     if isinstance(node, dict):
         return node.items()
     if isinstance(node, (list, tuple)):

@@ -1,12 +1,12 @@
 """The opcodes that picklers write in protocols 2 to 5, and how each encodes its argument.
 
-The standard `pickletools.genops` decodes them too, but took over half of the time of reading a
-state dict with thousands of tensors; here an opcode is one table look-up. Text opcodes of protocols
-0 and 1 are absent (a persistent id needs protocol 2), as are `EXT*`, `INST`, `OBJ` and
+The standard `pickletools.genops` decodes them too, but took more than half of the time to read a
+state dict with thousands of tensors; here an opcode is one table look-up. The text opcodes of
+protocols 0 and 1 are absent (a persistent id needs protocol 2), as are `EXT*`, `INST`, `OBJ` and
 `NEXT_BUFFER`, which `torch.save` never writes.
 
-An argument that the bytes' end cuts short decodes to something too short; no STOP follows it then,
-so the pickle is refused all the same.
+An argument truncated by the end of the data decodes to something too short. No STOP can follow it,
+so the pickle is refused anyway.
 """
 
 import mmap
@@ -74,7 +74,7 @@ def _global(data: Bytes, at: int, end: int) -> tuple[tuple[str, str], int]:
 
 
 def _counted(prefix: int, convert: Callable[[bytes], Any]) -> Decode:
-    """Decodes a length in `prefix` bytes, and that many bytes by `convert`."""
+    """Decodes a length of `prefix` bytes, then that many bytes with `convert`."""
 
     def decode(data: Bytes, at: int, end: int) -> tuple[Any, int]:
         start = at + prefix

@@ -1,8 +1,8 @@
 """`read`: any PyTorch checkpoint file as named, read-only, memory-mapped NumPy arrays.
 
-The format is told by content, not by file name: people call everything `.pt`. Reading builds views
-and reads no tensor, so a file larger than memory opens in milliseconds; pages come from the file
-when somebody looks at them.
+The content determines the format, not the file name: people call everything `.pt`. Reading builds
+views and loads no tensor, so a file larger than memory opens in milliseconds; the operating system
+loads pages as they are used.
 """
 
 import dataclasses
@@ -39,14 +39,14 @@ class Checkpoint:
     Attributes:
         path: the file.
         format: "zip", "legacy", "safetensors" or "sharded".
-        tensors: read-only arrays, memory-mapped, in file order. A whole module has the names of
-            its `state_dict()`, a nested training checkpoint prefixed ones
-            ("model.0.weight", "optimizer.state.0.momentum_buffer"), a bare tensor the name "".
-        tied: groups of names which view the very same memory, with the same shape and strides.
+        tensors: read-only, memory-mapped arrays in file order. A whole module has the names of its
+            `state_dict()`, a nested training checkpoint has prefixed names
+            ("model.0.weight", "optimizer.state.0.momentum_buffer"), a bare tensor has the name "".
+        tied: groups of names that share memory, shape and strides.
         module: the structure of a whole-module file, else None.
-        values: the numbers, strings and None ("epoch", "optimizer.param_groups.0.lr"); a sequence
-            of more than 1024 of them is one tuple.
-        opaque: other objects, by name, with their class; they were not run and hold no names.
+        values: numbers, strings and None ("epoch", "optimizer.param_groups.0.lr"); a sequence of
+            more than 1024 of them is one tuple.
+        opaque: the classes of all other objects, by name. Nothing of them is run or read.
         modules: the whole modules inside a nested checkpoint, by prefix.
 
     Example:
@@ -67,7 +67,7 @@ class Checkpoint:
     modules: Mapping[str, Module] = dataclasses.field(default_factory=dict)
 
     def sub(self, prefix: str) -> "Checkpoint":
-        """One part of a nested training checkpoint, with the prefix stripped from its names.
+        """Returns one part of a nested training checkpoint, without the prefix in its names.
 
         Args:
             prefix: leading components of the names: "model", "state_dict.encoder".
@@ -76,7 +76,7 @@ class Checkpoint:
             The part as a checkpoint; its arrays are the same views of the file.
 
         Raises:
-            KeyError: nothing has this prefix; the nearest ones are named.
+            KeyError: no name has this prefix; the message lists the nearest.
 
         Example:
             >>> import numpy as np
@@ -105,7 +105,7 @@ class Checkpoint:
                 for at in (index for index, char in enumerate(name) if char == ".")
             }
             near = difflib.get_close_matches(prefix, known, n=3) or sorted(known)[:8]
-            raise KeyError(f"nothing in {self.path} is under {prefix!r}; prefixes: {near}")
+            raise KeyError(f"no name in {self.path} is under {prefix!r}; prefixes: {near}")
         return dataclasses.replace(part, module=part.modules.get(""))
 
     def __repr__(self) -> str:
@@ -138,23 +138,23 @@ def read(path: str | os.PathLike[str], *, checksums: bool = False) -> Checkpoint
     Stands in for `torch.load(path, mmap=True)`, and reads whole pickled modules too, which
     `weights_only=True` refuses. Pickled classes and functions are never imported.
 
-    A file that shrinks while its arrays are in use ends the process (a property of memory maps).
+    If a file shrinks while its arrays are in use, the process dies, as with any memory map.
 
     Args:
-        path: a `.pt`, `.pth`, `.bin` or `.ckpt` file of `torch.save` (zip, or legacy as before
-            PyTorch 1.6), a `.safetensors` file, or a Hugging Face `*.index.json` beside its
-            shards. The content decides, not the suffix.
-        checksums: whether to read every storage of a zip file through and compare it with its
-            CRC-32. Otherwise that is done for the pickle and the small storages only, since it
-            costs reading the whole file. Other formats carry none and are refused then.
+        path: a `.pt`, `.pth`, `.bin` or `.ckpt` file of `torch.save` (zip, or the legacy format
+            before PyTorch 1.6), a `.safetensors` file, or a Hugging Face `*.index.json` next to
+            its shards. The content decides, not the suffix.
+        checksums: whether to verify the CRC-32 of every storage in a zip file, which reads the
+            whole file. By default only the pickle and small storages are verified. Other formats
+            have no checksums and are then refused.
 
     Returns:
-        The checkpoint: dotted names to read-only NumPy arrays over the file. 16- and 8-bit floats
-        have `ml_dtypes` dtypes.
+        The `Checkpoint`: read-only NumPy arrays over the file, by dotted name. 16- and 8-bit
+        floats have `ml_dtypes` dtypes.
 
     Raises:
-        TorchFileError: the file is damaged, hostile, of another format, or holds something that
-            has no dense array: a TorchScript program, a sparse or a quantised tensor.
+        TorchFileError: the file is damaged, hostile or of another format, or holds something other
+            than dense arrays: a TorchScript program, a sparse or a quantised tensor.
         FileNotFoundError, IsADirectoryError, PermissionError: as `open` raises them.
 
     Example:
@@ -232,7 +232,7 @@ def _read_shards(path: pathlib.Path, data: mmap.mmap, checksums: bool) -> Checkp
         for name in names:
             if name not in shard.tensors:
                 raise TorchFileError(
-                    shard.path, shorten(name), f"is missing, {path.name} has it here"
+                    shard.path, shorten(name), f"is missing, but {path.name} lists it here"
                 )
             tensors[name] = shard.tensors[name]
         tied += [tuple(name for name in group if name in set(names)) for group in shard.tied]

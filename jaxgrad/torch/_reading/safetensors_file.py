@@ -1,4 +1,4 @@
-"""Safetensors files as PyTorch's tensors, and Hugging Face's index over several files."""
+"""Reads safetensors files, and Hugging Face's index over several files."""
 
 import math
 import mmap
@@ -28,25 +28,27 @@ def _tensor(entry: Entry) -> Tensor:
 
 
 def read_index(index: Mapping[str, Any], folder: pathlib.Path) -> dict[str, list[str]]:
-    """The weight names of each file of a sharded checkpoint, in the index' order.
+    """The weight names in each file of a sharded checkpoint, in the index's order.
 
     Args:
         index: the parsed `*.index.json`.
-        folder: where it lies; its files lie beside it.
+        folder: the folder of the index and its files.
     """
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict):
-        raise MalformedError("has no object `weight_map` of weights to files")
+        raise MalformedError("has no object `weight_map` from weights to files")
     shards: dict[str, list[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or file in ("", ".", "..") or set(file) & set("/\\\0:"):
-            raise MalformedError("its file is not a plain name beside the index", shorten(name))
+            raise MalformedError("its file is not a plain file name", shorten(name))
         if file.endswith(".json"):
             raise MalformedError("its file is itself an index", shorten(name))
         shards.setdefault(file, []).append(name)
-    # Asking for a hostile name could fail in ways of the file system's own.
+    # Looking up a hostile name could fail in ways specific to the file system.
     present = {entry.name for entry in os.scandir(folder) if entry.is_file()}
     for file in shards:
         if file not in present:
-            raise MalformedError("this file of the index is missing beside it", shorten(file))
+            raise MalformedError(
+                "the index lists this file, but it is missing from the folder", shorten(file)
+            )
     return shards

@@ -1,9 +1,8 @@
-"""Arrays out of storages: dtypes, strides, and every check that keeps a view inside its file.
+"""Builds arrays from storages: dtypes, strides, and the checks that keep a view inside its file.
 
-A PyTorch tensor is a strided view of a storage, and a storage is a span of bytes in the file. So
-is a NumPy array over a memory map: nothing is copied, and pages that nobody looks at are never
-read. NumPy has no lazy conjugate or negative, so PyTorch's `conj` and `neg` bits are applied, once
-per storage.
+A PyTorch tensor is a strided view of a storage, which is a span of bytes in the file. So is a NumPy
+array over a memory map: nothing is copied, and unused pages are never read. NumPy has no lazy
+conjugate or negative, so PyTorch's `conj` and `neg` bits are applied, once per storage.
 """
 
 import dataclasses
@@ -56,7 +55,7 @@ STORAGE_DTYPES: Mapping[str, str] = {
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Storage:
-    """A span of the file's bytes; `start` is known once the container has been read."""
+    """A span of the file's bytes; `start` is set once the container has been read."""
 
     key: str
     dtype: np.dtype[Any]
@@ -66,7 +65,7 @@ class Storage:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Tensor:
-    """A strided view of a storage, checked; offset and strides count elements."""
+    """A checked, strided view of a storage; offset and strides count elements."""
 
     storage: Storage
     dtype: np.dtype[Any]
@@ -77,7 +76,7 @@ class Tensor:
     neg: bool = False
 
     def memory(self) -> tuple[Hashable, ...]:
-        """What two tied tensors have in common."""
+        """A key that tied tensors share."""
         start = self.storage.start + self.offset * self.dtype.itemsize
         return start, self.dtype, self.shape, self.strides, self.conj, self.neg
 
@@ -90,7 +89,7 @@ def make_tensor(
     strides: object,
     bits: object = None,
 ) -> Tensor:
-    """A `Tensor`, when all its elements lie inside `storage`.
+    """A `Tensor`, if all its elements are inside `storage`.
 
     `bits` are PyTorch's tensor metadata: a dict with "conj" and "neg", or None.
     """
@@ -110,15 +109,15 @@ def make_tensor(
         extent *= size or 1
         if max(extent, stride) * itemsize > MAX_INT64:
             raise MalformedError(f"shape {tuple(shape)} or stride {tuple(strides)} exceeds 2**63")
-    room = storage.nbytes // itemsize
-    if numel and last >= room:
+    capacity = storage.nbytes // itemsize
+    if numel and last >= capacity:
         raise MalformedError(
             f"shape {tuple(shape)}, stride {tuple(strides)} and offset {offset} reach element "
-            f"{last} of storage '{shorten(storage.key)}', which holds {room}"
+            f"{last} of storage '{shorten(storage.key)}', which holds {capacity}"
         )
-    if numel > room and numel * itemsize > MAX_EXPANDED_BYTES:
+    if numel > capacity and numel * itemsize > MAX_EXPANDED_BYTES:
         raise MalformedError(
-            f"shape {tuple(shape)} expands the {room} elements of storage "
+            f"shape {tuple(shape)} expands the {capacity} elements of storage "
             f"'{shorten(storage.key)}' to {numel * itemsize} bytes, over {MAX_EXPANDED_BYTES}"
         )
     conj, neg = _metadata(bits) if bits else (False, False)
@@ -143,7 +142,7 @@ class Arrays:
         self._resolved: dict[tuple[Hashable, ...], np.ndarray] = {}
 
     def array(self, tensor: Tensor) -> np.ndarray:
-        """The tensor's elements: a view of the file, or of a resolved storage."""
+        """The tensor's elements, as a view of the file or of a resolved storage."""
         dtype, itemsize = tensor.dtype, tensor.dtype.itemsize
         if 0 in tensor.shape:
             empty = np.empty(tensor.shape, dtype)

@@ -1,7 +1,7 @@
-"""What the globals in PyTorch's own pickles stand for.
+"""The meaning of the globals in PyTorch's own pickles.
 
-This is the whole list of calls that mean anything to the reader. All else stays an inert
-`Object`. Sparse, quantised and meta tensors become `Unreadable`, refused where a name is known.
+This table is complete: any other call stays an inert `Object`. Sparse, quantised and meta tensors
+become `Unreadable`; the error is raised later, once the tensor's name is known.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from jaxgrad.torch._reading.unpickler import Global, Machine, Object, Rebuild
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Unreadable:
-    """A tensor that is there but is not a dense array, and what to do about it."""
+    """A tensor that is not a dense array: why, and what to do about it."""
 
     reason: str
 
@@ -26,8 +26,8 @@ def _arity(name: str, args: tuple[Any, ...], least: int, most: int) -> None:
 
 
 def _tensor_v2(_: Machine, args: tuple[Any, ...]) -> Any:
-    # storage, offset, size, stride, requires_grad, backward_hooks, metadata; the last three
-    # came one PyTorch version after another.
+    # storage, offset, size, stride, requires_grad, backward_hooks, metadata; the last three were
+    # added one by one in later versions.
     _arity("_rebuild_tensor", args, 4, 7)
     storage, offset, shape, strides = args[:4]
     if isinstance(storage, Unreadable):
@@ -39,7 +39,7 @@ def _tensor_v2(_: Machine, args: tuple[Any, ...]) -> Any:
 
 
 def _tensor_v3(_: Machine, args: tuple[Any, ...]) -> Any:
-    # As v2, with the dtype between: these dtypes have no storage class of their own.
+    # As v2, plus a dtype: these dtypes have no storage class.
     _arity("_rebuild_tensor_v3", args, 7, 8)
     storage, offset, shape, strides, _grad, _hooks, dtype = args[:7]
     if not isinstance(storage, Storage):
@@ -76,7 +76,7 @@ def _dict(machine: Machine, args: tuple[Any, ...]) -> dict[Any, Any]:
         machine.charge(len(pairs))
         for pair in pairs:
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-                raise MalformedError("a dict made of something else than pairs")
+                raise MalformedError("a dict made of something other than pairs")
             made[machine.key(pair[0])] = pair[1]
     return made
 
@@ -129,7 +129,7 @@ REBUILD: Mapping[str, Rebuild] = {
 def load_storage(fields: tuple[Any, ...], place: Callable[[str, int], int]) -> Storage | Unreadable:
     """The storage of a persistent id's `(type, key, location, numel)`.
 
-    `place` gives the start of a storage's bytes from its key and length.
+    `place` maps a storage's key and length to the start of its bytes.
     """
     if len(fields) != 4:
         raise MalformedError(f"a storage's persistent id has {len(fields) + 1} fields, expected 5")

@@ -1,12 +1,12 @@
 """A pickle machine that builds data and runs nothing.
 
-`pickle.Unpickler` with an allow-list can not be made safe: a deep tuple as a dict key overflows
-the C stack, and BUILD writes attributes of whatever an allowed global names. So the opcodes are
-interpreted here: a global is an inert name, a call of a global that is not in the table of
-`_rebuild` is an inert `Object`, and only scalars and short flat tuples can be keys.
+`pickle.Unpickler` with an allow-list cannot be made safe: a deep tuple as a dict key overflows
+the C stack, and BUILD sets attributes of whatever an allowed global names. So this module
+interprets the opcodes: a global is an inert name, a call of a global outside the table in
+`torch_globals` is an inert `Object`, and only scalars and short flat tuples can be keys.
 
-Every opcode costs bounded time and memory (none copies what a memo entry can repeat), so the cost
-of a pickle is bounded by its opcode count, which has a limit.
+Every opcode takes bounded time and memory (none copies what a memo entry can repeat), so the
+number of opcodes, which is limited, bounds the cost of a pickle.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jaxgrad.torch._reading.opcodes import MAX_NAME_LENGTH, OPCODES, Bytes, Deco
 MAX_PICKLE_BYTES = 1 << 28
 MAX_OPCODES = 8_000_000  # ~32 opcodes per tensor
 MAX_KEY_LENGTH = 16
-# Integer hashes are not salted, so crafted keys make a dict quadratic; strings are safe.
+# Integer hashes are not salted: crafted keys make a dict quadratic. String hashes are salted.
 MAX_NON_STRING_KEYS = 1 << 17
 _UINT32 = struct.Struct("<I")
 _BINGET, _LONG_BINPUT, _BININT1, _EMPTY_TUPLE = b"hrK)"
@@ -36,7 +36,7 @@ class Global:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Object:
-    """What a call of a global would have made: its class, arguments and contents, inert."""
+    """An inert record of a global's call: its class, arguments and contents."""
 
     cls: str
     args: tuple[Any, ...]
@@ -51,8 +51,8 @@ class Machine:
     """Interprets one pickle.
 
     Args:
-        rebuild: by global name, what its call makes.
-        persistent_load: what a persistent id, a tuple, stands for.
+        rebuild: functions that carry out calls, by the name of the global called.
+        persistent_load: returns the object of a persistent id, a tuple.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Machine:
         self._keys_left = MAX_NON_STRING_KEYS
 
     def load(self, data: Bytes, at: int = 0) -> tuple[Any, int]:
-        """The object that the pickle at byte `at` describes, and where the pickle ends."""
+        """Returns the object pickled at byte `at`, and the position where the pickle ends."""
         end = min(len(data), at + MAX_PICKLE_BYTES)
         table = self._table()
         stack, memo = self._stack, self._memo
@@ -75,7 +75,7 @@ class Machine:
         try:
             for _ in range(MAX_OPCODES):
                 start, code = at, data[at]
-                # The most frequent opcodes, over two thirds of a file's, are worth no calls.
+                # Inlined: these opcodes are over two thirds of a file.
                 if code == _BINGET:
                     stack.append(memo[data[at + 1]])
                     at += 2
@@ -124,7 +124,7 @@ class Machine:
         raise MalformedError(f"{reason} ({where})")
 
     def _table(self) -> list[tuple[Decode | None, Any]]:
-        """By opcode byte, its decoder and its handler; STOP and unknown bytes have neither."""
+        """The decoder and handler of each opcode byte; STOP and unknown bytes have neither."""
         table: list[tuple[Decode | None, Any]] = [(None, None)] * 256
         for code, opcode in OPCODES.items():
             if opcode.name in _HANDLERS:
@@ -134,13 +134,13 @@ class Machine:
         return table
 
     def charge(self, work: int) -> None:
-        """Counts work against the limit of opcodes."""
+        """Counts work against the opcode limit."""
         self._left -= work
         if self._left < 0:
             raise MalformedError(f"the pickle needs more than {MAX_OPCODES} steps")
 
     def key(self, key: object) -> Hashable:
-        """`key`, when hashing it is cheap and can not recurse."""
+        """Returns `key` if hashing it is cheap and cannot recurse."""
         if type(key) is str:
             return key
         self._keys_left -= 1
@@ -157,14 +157,14 @@ class Machine:
         return key
 
     def as_set(self, elements: object) -> set[Hashable]:
-        """A set of `elements`."""
+        """Returns a set of `elements`."""
         if not isinstance(elements, (list, tuple)):
             raise MalformedError(f"a set of a {type(elements).__name__}")
         self.charge(len(elements))
         return {self.key(element) for element in elements}
 
     def call(self, function: object, args: object) -> Any:
-        """The stand-in for `function(*args)`."""
+        """Returns the stand-in for `function(*args)`."""
         if not isinstance(function, Global):
             raise MalformedError(f"a call of a {type(function).__name__}")
         if type(args) is not tuple:
@@ -191,7 +191,7 @@ class Machine:
         return above
 
     def _pop(self) -> None:
-        # A pickler pops a mark, too, when it finds a tuple inside itself.
+        # A pickler also pops a mark when a tuple contains itself.
         if self._marks and self._marks[-1] == len(self._stack):
             self._marks.pop()
         else:
@@ -280,7 +280,7 @@ class Machine:
 
     def _global(self, names: tuple[str, str]) -> None:
         module, name = names
-        # A memo entry can repeat a name, so a long one would cost more than its bytes.
+        # A memo entry can repeat a name, so a long name would cost more than its own bytes.
         if len(module) + len(name) > MAX_NAME_LENGTH:
             raise MalformedError(f"a global's name is longer than {MAX_NAME_LENGTH} characters")
         self._stack.append(Global(f"{_RENAMED.get(module, module)}.{name}"))
@@ -309,7 +309,7 @@ class Machine:
     def _build(self) -> None:
         state = self._stack.pop()
         target = self._stack[-1]
-        # The attributes of a dict (`state_dict()._metadata`) or a tensor hold nothing to read.
+        # Attributes of a dict (`state_dict()._metadata`) or of a tensor need not be read.
         if isinstance(target, Object):
             if target.state is not None:
                 raise MalformedError(f"the state of a {shorten(target.cls)} is set twice")

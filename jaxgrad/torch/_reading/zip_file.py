@@ -1,11 +1,11 @@
 """The zip container of `torch.save` since PyTorch 1.6: a pickle and one stored entry per storage.
 
-Entries are parsed here rather than by `zipfile`, which on Python 3.11 lets entries overlap: a file
-of a few megabytes then unfolds to petabytes. PyTorch stores its entries uncompressed, which is
-what makes memory mapping possible; a compressed entry among those read is refused.
+Entries are parsed here because `zipfile` on Python 3.11 lets entries overlap: a file of a few
+megabytes then unpacks to petabytes. PyTorch stores its entries uncompressed, which makes memory
+mapping possible; a compressed entry is refused.
 
-Checksums: the pickle is always checked; of the storages, those up to `EAGER_CRC_BYTES` are checked
-on opening, and all of them on request, since that reads the whole file.
+The pickle's checksum is always verified. Storages of up to `EAGER_CRC_BYTES` are verified on
+opening, and all of them only on request, since that reads the whole file.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ _END64_LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
-_UNKNOWN = 0xFFFFFFFF  # the real number is in the zip64 field
+_UNKNOWN = 0xFFFFFFFF  # the value is in the zip64 field
 _ENCRYPTED = 1
 
 
 @dataclasses.dataclass(slots=True)
 class Entry:
-    """A central directory record, with the place of its bytes in the file."""
+    """A central directory record, with the position of its bytes in the file."""
 
     name: str
     flags: int
@@ -58,7 +58,7 @@ def _unpack(fields: struct.Struct, data: mmap.mmap, at: int, signature: bytes) -
 
 def _directory(data: mmap.mmap) -> tuple[int, int, int]:
     """The central directory's start, its end, and its number of entries."""
-    # The record is at the end, before a comment of at most 65535 bytes.
+    # The record is at the end, followed by a comment of at most 65535 bytes.
     at = data.rfind(b"PK\5\6", max(0, len(data) - _END.size - 0xFFFF))
     if at < 0:
         raise MalformedError("no zip directory at the end of the file: it is truncated")
@@ -80,7 +80,7 @@ def _directory(data: mmap.mmap) -> tuple[int, int, int]:
 
 
 def _zip64(extra: bytes, values: list[int]) -> list[int]:
-    """`values` with the unknown ones taken from the extra field, where they stand in order."""
+    """`values`, with the unknown ones taken in order from the extra field."""
     at = 0
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<2H", extra, at)
@@ -122,7 +122,7 @@ def read_entries(data: mmap.mmap) -> dict[str, Entry]:
 
 
 def _locate(data: mmap.mmap, entries: Mapping[str, Entry], limit: int) -> None:
-    """Finds where entries' bytes start, and that none overlaps another."""
+    """Sets where each entry's bytes start, and checks that entries do not overlap."""
     free = 0
     for entry in sorted(entries.values(), key=lambda entry: entry.header):
         if entry.header < free:
@@ -146,7 +146,7 @@ def _checked(data: mmap.mmap, entry: Entry) -> None:
             crc = zlib.crc32(span)
     if crc != entry.crc:
         raise MalformedError(
-            f"is damaged: its checksum is {crc:08x}, the zip records {entry.crc:08x}",
+            f"is damaged: its checksum is {crc:08x}, but the zip records {entry.crc:08x}",
             shorten(entry.name),
         )
 
@@ -181,7 +181,7 @@ def load_zip(data: mmap.mmap, checksums: bool) -> Any:
 
     Args:
         data: the whole file.
-        checksums: whether to check storages of any size.
+        checksums: whether to verify storages of any size.
     """
     entries = read_entries(data)
     root = _root(entries)
@@ -210,7 +210,7 @@ def load_zip(data: mmap.mmap, checksums: bool) -> Any:
         name = f"{root}data/{key}"
         entry = _stored(entries, name)
         if entry.size < nbytes:
-            reason = f"holds {entry.size} bytes, its tensors need {nbytes}: truncated"
+            reason = f"holds {entry.size} bytes, but its tensors need {nbytes}: truncated"
             raise MalformedError(reason, shorten(name))
         if name not in placed:
             placed.add(name)

@@ -1,4 +1,4 @@
-"""Writes parameters as PyTorch's state dicts, in its own format or as safetensors.
+"""Writes parameters as PyTorch state dicts or safetensors files.
 
 May import `_mapping`, `_reading`, `_disk`, `_tree` and `_text`.
 """

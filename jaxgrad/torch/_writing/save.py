@@ -1,7 +1,7 @@
-"""The way back: a Flax tree as a file that PyTorch opens.
+"""Writes a Flax tree as a file that PyTorch opens.
 
-The same parts that fill a Flax tree are read backwards. A report of how the tree was filled gives
-names and layouts of the original file; without one, names are the Flax paths with dots.
+The parts that fill a Flax tree are read backwards. The report of the mapping that filled the tree
+restores the file's names and layouts; without one, names are the Flax paths with dots.
 """
 
 import os
@@ -35,21 +35,22 @@ def save_torch(
 ) -> None:
     """Writes a Flax tree as a PyTorch state dict or a safetensors file.
 
-    The file appears whole or not at all, and reading it back gives every bit again. PyTorch opens
-    a `.pt` with `torch.load(path, weights_only=True)`.
+    The write is atomic, and reading the file back returns the same bits. PyTorch opens a `.pt` with
+    `torch.load(path, weights_only=True)`.
 
     Args:
         params: an NNX module or State, Linen variables or their params, or any pytree of arrays.
         path: ends in `.pt`, `.pth` or `.bin` for a state dict, in `.safetensors` for safetensors.
-        like: the report by which the tree was filled: names and layouts become those of that file.
-            Leaves that it kept at their initial value are written too.
-        rules: as in `load_into`, over the names to be written, for the layers that `like` says
-            nothing about: renames, and what must be declared. A name is the Flax path with dots and
-            PyTorch's word for the tensor: `layers/0/kernel` is `layers.0.weight`.
+        like: the report of the mapping that filled the tree, to restore that file's names and
+            layouts. Leaves that were not loaded are written too.
+        rules: as in `load_into`, over the names to write, for layers that `like` does not cover:
+            renames, and what must be declared. A name is the Flax path with dots and PyTorch's
+            name of the tensor: `layers/0/kernel` is `layers.0.weight`.
 
     Raises:
         MappingError: a layout or a flatten must be declared, the suffix is unknown, the format
-            holds no such dtype, two tensors have one name, or `like` is of another tree.
+            cannot hold a dtype, two tensors have the same name, or `like` is the report of another
+            tree.
 
     Example:
         >>> import numpy as np, jaxgrad as jg, tempfile, os
@@ -65,14 +66,14 @@ def save_torch(
 
 
 def save_tensors(tensors: Mapping[str, Array], path: str | os.PathLike[str]) -> None:
-    """Writes tensors, names and layouts as they are, as a state dict or a safetensors file.
+    """Writes tensors, with names and layouts unchanged, as a state dict or a safetensors file.
 
     Args:
-        tensors: arrays by PyTorch's names, as `read` and `to_torch` give them.
+        tensors: arrays by PyTorch's names, as `read` and `to_torch` return them.
         path: as in `save_torch`.
 
     Raises:
-        MappingError: the suffix is unknown, or the format holds no such dtype.
+        MappingError: the suffix is unknown, or the format cannot hold a dtype.
 
     Example:
         >>> import numpy as np, jaxgrad as jg, tempfile, os
@@ -86,10 +87,10 @@ def save_tensors(tensors: Mapping[str, Array], path: str | os.PathLike[str]) -> 
     path = Path(path)
     kind = _FORMATS.get(path.suffix)
     if kind is None:
-        raise MappingError(f"{path.name!r} should end in one of {', '.join(_FORMATS)}")
+        raise MappingError(f"{path.name!r} must end in one of {', '.join(_FORMATS)}")
     for name, x in tensors.items():
         if x.dtype.name not in (_state_dict.DTYPES if kind == "pt" else _safetensors.DTYPES):
-            raise MappingError(f"{_rules.describe(name, x)}: a {kind} file holds no {x.dtype}")
+            raise MappingError(f"{_rules.describe(name, x)}: a {kind} file cannot hold {x.dtype}")
     with replacing(path) as file:
         if kind == "pt":
             _state_dict.write_state_dict(file, tensors)
@@ -111,7 +112,7 @@ def to_torch(
         Arrays by PyTorch's names; tied names share one array.
 
     Raises:
-        MappingError: as `save_torch`.
+        MappingError: as in `save_torch`.
 
     Example:
         >>> import numpy as np, jaxgrad as jg
@@ -132,7 +133,7 @@ def to_torch(
     ]
     new = _by_default(tree, layers, () if like is None else like._pairs, rules)
     if twice := known.keys() & new.keys():
-        raise MappingError(f"two tensors go by the name {min(twice)!r}: rename one by rules")
+        raise MappingError(f"two tensors are named {min(twice)!r}: rename one with rules")
     return known | new
 
 
@@ -144,7 +145,7 @@ def _as_before(tree: Tree, like: Report) -> dict[str, np.ndarray]:
             found = ours.get(leaf.path)
             if found is None or found.shape != leaf.shape:
                 raise MappingError(
-                    f"`like` is the report of another tree: it has {leaf}, and the parameters have "
+                    f"`like` is the report of another tree: it has {leaf}, but the parameters have "
                     f"{found or 'no such leaf'}"
                 )
         given = _to_torch(tree, pair.layer, pair.parts)
@@ -157,7 +158,7 @@ def _as_before(tree: Tree, like: Report) -> dict[str, np.ndarray]:
 
 
 def _prefix(names: Mapping[str, str]) -> str:
-    """What stands before the tensors' names of a module, dot included."""
+    """The prefix of a module's tensor names, including the dot."""
     short, name = next(iter(names.items()))
     return name.removesuffix(short)
 
@@ -190,7 +191,7 @@ def _by_default(
         for match, layer in zip(matches, typed, strict=True)
         if isinstance(layer, Layer)
     ]
-    # The layers that `like` covers are evidence for a flatten before one that it doesn't.
+    # The layers that `like` covers are evidence for a flatten before the others.
     known = [Match(x.layer, Group(x.layer.path, x.names), x.matched) for x in covered]
     channels, undeclared = resolve.channels(_in_order([*matches, *known], tree), tree)
     problems += [undeclared[m.layer.path] for m in matches if m.layer.path in undeclared]
@@ -202,7 +203,7 @@ def _by_default(
         for short, x in _to_torch(tree, layer, parts).items():
             name = group.tensors.get(short)
             if name in tensors:
-                raise MappingError(f"two tensors go by the name {name!r}: rename one by rules")
+                raise MappingError(f"two tensors are named {name!r}: rename one with rules")
             if name is not None:
                 tensors[name] = x
     return tensors
@@ -222,9 +223,9 @@ def _separate(layer: Layer) -> bool:
 
 
 def _default_names(layer: Layer) -> dict[str, str]:
-    """Names below the module to full names, as PyTorch's own layer of this type has them."""
+    """Maps names within the module to full names, as in PyTorch's layer of this type."""
     module, suffix = layer.name, ""
-    if layer.sequence:  # a whole torch.nn.LSTM, not a torch.nn.LSTMCell
+    if layer.sequence:  # a torch.nn.LSTM, not a torch.nn.LSTMCell
         suffix = "_l0"
         if module.rpartition("/")[2] == "reverse":
             module, suffix = module.removesuffix("reverse").rstrip("/"), "_l0_reverse"

@@ -1,7 +1,7 @@
-"""A PyTorch state dict as `torch.save` writes it, without PyTorch.
+"""Writes a PyTorch state dict as `torch.save` does, without PyTorch.
 
-A stored zip of raw little-endian bytes and a protocol-2 pickle that names PyTorch's functions; they
-are only named here, so no PyTorch is needed to write them.
+The file is an uncompressed zip of raw little-endian bytes and a protocol-2 pickle. The pickle only
+names PyTorch's functions, so writing it does not need PyTorch.
 """
 
 import struct
@@ -26,19 +26,19 @@ _STORAGES = {
     "complex64": "ComplexFloatStorage",
     "complex128": "ComplexDoubleStorage",
 }
-# Younger dtypes have no storage class of their own: the tensor itself carries the dtype.
+# Newer dtypes have no storage class: the tensor itself carries the dtype.
 _UNTYPED = {
     *("uint16", "uint32", "uint64"),
     *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
 }
 DTYPES = {*_STORAGES, *_UNTYPED}
-"""Names of the dtypes that it holds."""
+"""The dtypes that a state dict can hold."""
 
 _ALIGNMENT = 64
 
 
 def write_state_dict(file: IO[bytes], tensors: Mapping[str, Array]) -> None:
-    """Writes what `torch.save(state_dict, file)` does; one array under two names is stored once."""
+    """Writes a file as `torch.save(state_dict, file)` does; a repeated array is stored once."""
     keys: dict[int, str] = {}
     stored: dict[str, Array] = {}
     pickled = [b"\x80\x02}("]  # protocol 2, an empty dict, its items
@@ -56,10 +56,10 @@ def write_state_dict(file: IO[bytes], tensors: Mapping[str, Array]) -> None:
 
 
 def _entry(archive: zipfile.ZipFile, file: IO[bytes], name: str, data: bytes | memoryview) -> None:
-    info = zipfile.ZipInfo(name)  # at the zip epoch: equal tensors make equal files
+    info = zipfile.ZipInfo(name)  # dated to the zip epoch: equal tensors make equal files
     large = len(data) >= zipfile.ZIP64_LIMIT
     header = file.tell() + 30 + len(name) + (20 if large else 0)
-    # An extra field of its own pads the header, so that the data can be mapped where it lies.
+    # An extra field pads the header, so that the data is aligned for memory mapping.
     padding = -(header + 4) % _ALIGNMENT
     info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
     with archive.open(info, "w", force_zip64=large) as entry:
