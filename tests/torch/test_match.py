@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import jaxgrad as jg
 import jaxgrad.torch as jt
 
 
@@ -189,10 +190,32 @@ def test_rules_rename_modules_and_tensors_in_order():
         ("a.**", "**", "a.b.weight", "b/weight"),
         ("a*.*", "*_*", "a1.2.weight", "1_2/weight"),
         ("a", "b", "ab.weight", None),
+        ("**.b", "x.**", "a.1.b.weight", "x/a/1/weight"),
+        ("a?", "b", "a1.weight", "b/weight"),
+        ("a[0-2]*", "b*", "a23.weight", "b3/weight"),
+        ("a[!0-2]", "b", "a1.weight", None),
+        ("a[0]", "b", "a[0].weight", "b/weight"),
+        ("a**.b", "*", "a1.2.b.weight", None),
     ],
 )
 def test_patterns(pattern, path, name, expected):
-    assert jt.Rule(pattern, path).renamed(name) == expected
+    assert jt.Rule(pattern, path).renamed([name]).get(name) == expected
+
+
+@pytest.mark.parametrize(
+    "pattern", ["a.*", "**.b", "a.**", "a", "a?", "a[12].b", "**", "a.**.b", "c"]
+)
+def test_patterns_are_those_of_wrt(pattern):
+    names = ["a.b", "a.1.b.c", "a1.b", "a3.b", "a[12].b", "b.a", "c"]
+    params = {name.replace(".", "/"): np.zeros(1) for name in names}
+    expected = jg.paths(jg.partition(params, pattern.replace(".", "/"))[0])
+    taken = jt.Rule(pattern, drop=True).renamed(names)
+    assert sorted(taken.values()) == sorted(expected)
+
+
+def test_a_pattern_that_is_a_name_means_that_name():
+    taken = jt.Rule("w[0]", "v").renamed(["w[0]", "w0", "w[0].bias"])
+    assert taken == {"w[0]": "v", "w[0].bias": "v/bias"}
 
 
 def test_a_rule_that_matches_nothing():
@@ -210,6 +233,8 @@ def test_a_rule_that_matches_nothing():
         (("a",), {"layer": "dense"}, "Rule('a'): layer='dense' is not one of linear, conv"),
         (("a",), {"flatten": True}, "Rule('a'): flatten=True must be the number of channels"),
         (("a", "*"), {}, "Rule('a'): the replacement '*' has more stars than the pattern"),
+        (("**", "*_*"), {}, "Rule('**'): the replacement '*_*' has more stars than the pattern"),
+        (("[z-a]", "b"), {}, "Rule('[z-a]') is not a valid glob: bad character range z-a"),
     ],
 )
 def test_rules_that_make_no_sense(arguments, options, text):
@@ -286,14 +311,14 @@ def test_a_selected_leaf_must_be_in_the_file():
 
 def test_a_tensor_of_no_leaf_is_left_over_whatever_is_selected():
     params = {"fc": dense(2, 2), "head": dense(3, 2)}
-    message = refused(params, linear("fc", 2, 2) | linear("aux", 2, 3), wrt="!head/**")
+    message = refused(params, linear("fc", 2, 2) | linear("aux", 2, 3), wrt="!head")
     assert "left over:\n  'aux.weight' float32[2,3]" in message
 
 
 def test_a_layer_that_is_not_selected_needs_no_declaration():
     """Its layer type and the epsilon of a norm don't matter to what is loaded."""
     params = {"fc": dense(2, 3), "table": np.zeros((3, 3), np.float32)}
-    report = jt.match(params, linear("fc", 3, 2) | {"table": tensor(3, 3)}, wrt="fc/**")
+    report = jt.match(params, linear("fc", 3, 2) | {"table": tensor(3, 3)}, wrt="fc")
     assert report.kept == {"table": "not selected"}
     with pytest.raises(jt.MappingError, match=r"Rule\('table', layer=\.\.\.\)"):
         jt.to_torch(report.apply(), like=report)
@@ -325,7 +350,7 @@ def test_missing_and_left_over():
     )
     assert "left over:\n  'heads.weight' float32[3,3]: nearest unfilled: 'head/kernel'" in message
     assert 'rules=[("<PyTorch name>", "<Flax path>")]' in message
-    assert 'wrt="!<Flax path>/**"' in message
+    assert 'wrt="!<Flax path>"' in message
 
 
 def test_a_tensor_that_its_layer_has_no_leaf_for():

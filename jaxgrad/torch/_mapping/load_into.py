@@ -36,7 +36,7 @@ def load_into(params: T, source: Source, *, rules: Rules = (), wrt: Wrt | None =
         rules: ordered (pattern, replacement) pairs from PyTorch names to Flax paths, for names
             that the structure leaves open, and `Rule`s for what else must be declared.
         wrt: the Flax leaves to load, all by default; see `select`. The file must have each of
-            them. The others keep their initial value: `"!head/**"` loads all but a new head.
+            them. The others keep their initial value: `"!head"` loads all but a new head.
 
     Returns:
         A new tree of the same kind.

@@ -170,7 +170,7 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 _ADVICE = {
     "missing": 'rename with rules=[("<PyTorch name>", "<Flax path>")], or keep leaves at their '
-    'initial value with wrt="!<Flax path>/**"',
+    'initial value with wrt="!<Flax path>"',
     "left over": 'map it with rules=[("<PyTorch name>", "<Flax path>")], leave it out '
     'with Rule("<PyTorch name>", drop=True), or read one part of a training checkpoint with '
     'read(path).sub("<prefix>")',

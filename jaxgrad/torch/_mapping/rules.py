@@ -1,8 +1,8 @@
 """Renames PyTorch names by rules, and groups them into modules.
 
-Rules speak the library's pattern language, with `.` between levels as PyTorch writes it: `*` is
-one level or a part of it, `**` any number of levels. The stars of the replacement stand for
-what the stars of the pattern matched, in order, so a rule reads as the two names side by side.
+Rules use the pattern language of `wrt`, with `.` between levels as in PyTorch. The stars of the
+replacement stand for what the stars of the pattern matched, in order, so a rule reads as two names
+side by side.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 from jaxgrad._text import listed, nearest
+from jaxgrad._tree.pattern import compiled, matches
 from jaxgrad.torch._mapping.flax_layers import KINDS
 from jaxgrad.torch._mapping.layouts import Array
 from jaxgrad.torch._mapping.report import MappingError
@@ -23,6 +24,7 @@ Flatten: TypeAlias = int | Literal[False] | None
 """The channels before a flatten, False where there is none, None where nothing is declared."""
 _OWN = {"weight", "bias", "running_mean", "running_var"}
 PACKED = {"in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
+_STARS = re.compile(r"\*+")
 _CELL = re.compile(r"(weight_ih|weight_hh|bias_ih|bias_hh)(?:_l(\d+)(_reverse)?)?")
 
 
@@ -34,8 +36,8 @@ class Rule:
     decides a name, the first that declares a layer or a flatten decides that.
 
     Attributes:
-        pattern: a PyTorch name, `features.0.weight`, or the name of a module, `features.0`, which
-            takes all in it along. `*` matches within a level, `**` across levels.
+        pattern: a glob over PyTorch names, in the language of `wrt` (see `select`): the name of a
+            module, `features.0`, takes everything inside it.
         path: the Flax path that replaces it. Its stars stand, in order, for what the pattern's
             stars matched. None keeps the name.
         drop: leaves the tensors out.
@@ -81,7 +83,11 @@ class Rule:
                 f"{what}: flatten={self.flatten!r} must be the number of channels before the "
                 "flatten, or False"
             )
-        if self.path is not None and self.path.count("*") > self.pattern.count("*"):
+        try:
+            stars = compiled(_slashed(self.pattern)).groups - 1
+        except re.error as e:
+            raise MappingError(f"{what} is not a valid glob: {e}") from e
+        if self.path is not None and len(_STARS.findall(self.path)) > stars:
             raise MappingError(
                 f"{what}: the replacement {self.path!r} has more stars than the pattern"
             )
@@ -89,20 +95,29 @@ class Rule:
     def __str__(self) -> str:
         return f"{self.pattern} -> {self.path}" if self.path is not None else self.pattern
 
-    def renamed(self, name: str) -> str | None:
-        """The Flax path of a PyTorch name; None if the pattern does not match."""
-        found = _regex(self.pattern).fullmatch(name.replace(".", "/"))
-        if found is None:
-            return None
+    def renamed(self, names: Sequence[str]) -> dict[str, str]:
+        """The Flax paths of those PyTorch names that the pattern takes, by name."""
+        glob, paths = _slashed(self.pattern), [_slashed(name) for name in names]
+        taken = zip(names, paths, matches(glob, paths), strict=True)
+        return {name: self._replaced(glob, path) for name, path, hit in taken if hit}
+
+    def _replaced(self, glob: str, path: str) -> str:
         if self.path is None:
-            return name.replace(".", "/")
-        *stars, rest = found.groups(default="")
+            return path
+        found = compiled(glob).fullmatch(path)
+        # Only a pattern that is literally a name (`w[0]`) takes a name that its glob doesn't match.
+        *stars, rest = found.groups(default="") if found else [path[len(glob) :]]
         filled = iter(stars)
-        path = re.sub(_STARS, lambda _: next(filled), self.path.replace(".", "/")) + rest
-        return path.strip("/")
+        levels = [
+            _STARS.sub(lambda _: next(filled, "").strip("/"), level)
+            for level in _slashed(self.path).split("/")
+        ]
+        return "/".join(level for level in [*levels, rest.strip("/")] if level)
 
 
 Rules: TypeAlias = Iterable[Rule | tuple[str, str]]
+Matched: TypeAlias = Sequence[tuple[Rule, Mapping[str, str]]]
+"""Each rule, with the Flax paths of the names that it takes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,13 +178,13 @@ def group(
         bare: paths of Flax leaves outside of any layer.
     """
     names, bare = list(names), set(bare)
-    check_used(rules, names)
+    matched = apply(rules, names)
     dropped: dict[str, str] = {}
     found: dict[str, dict[str, str]] = {}
     rule_of: dict[str, Rule | None] = {}
     packed = {n.rpartition(".")[0] for n in names if n.rpartition(".")[2] in PACKED}
     for name in names:
-        path, rule = rename(name, rules)
+        path, rule = rename(name, matched)
         if path is None:
             dropped[name] = f"dropped by the rule {rule}"
             continue
@@ -188,36 +203,40 @@ def group(
         rule_of.setdefault(module, rule)
     groups = []
     for module, tensors in found.items():
-        layer, flatten = declared(tensors.values(), rules)
+        layer, flatten = declared(tensors.values(), matched)
         rule = rule_of[module]
         groups.append(Group(module, tensors, str(rule) if rule else None, layer, flatten))
     return Names(_only_layer_zero(groups), dropped)
 
 
-_STARS = r"\*\*/|/\*\*|\*+"
+def apply(rules: Sequence[Rule], names: Sequence[str]) -> Matched:
+    """Matches rules with names; a rule that takes none is an error."""
+    matched = [(rule, rule.renamed(names)) for rule in rules]
+    for rule, paths in matched:
+        if not paths:
+            modules = [name.rpartition(".")[0] for name in names]
+            close = nearest(rule.pattern, [*names, *modules])
+            hint = f"; nearest: {listed(map(repr, close))}" if close else ""
+            raise MappingError(f"the rule {str(rule)!r} matches no name in the file{hint}")
+    return matched
 
 
-def _regex(pattern: str) -> re.Pattern[str]:
-    """Captures each star; a last group takes what is below a matched module."""
-    regex, end = "", 0
-    pattern = pattern.replace(".", "/")
-    for star in re.finditer(_STARS, pattern):
-        regex += re.escape(pattern[end : star.start()])
-        regex += {"**/": "((?:.*/)?)", "/**": "((?:/.*)?)", "**": "(.*)"}.get(star[0], "([^/]*)")
-        end = star.end()
-    return re.compile(f"{regex}{re.escape(pattern[end:])}(/.*)?")
+def rename(name: str, matched: Matched) -> tuple[str | None, Rule | None]:
+    """The Flax path of a name, None if it is dropped, and the rule that decides."""
+    for rule, paths in matched:
+        if (rule.drop or rule.path is not None) and name in paths:
+            return (None if rule.drop else paths[name]), rule
+    return _slashed(name), None
 
 
-def rename(name: str, rules: Sequence[Rule]) -> tuple[str | None, Rule | None]:
-    for rule in rules:
-        if (rule.drop or rule.path is not None) and (path := rule.renamed(name)) is not None:
-            return (None if rule.drop else path), rule
-    return name.replace(".", "/"), None
+def _slashed(name: str) -> str:
+    return name.replace(".", "/")
 
 
-def declared(names: Iterable[str], rules: Sequence[Rule]) -> tuple[str | None, Flatten]:
+def declared(names: Iterable[str], matched: Matched) -> tuple[str | None, Flatten]:
+    """The layer type and the flatten that rules declare for the module of these names."""
     names = list(names)
-    matching = [rule for rule in rules if any(rule.renamed(name) is not None for name in names)]
+    matching = [rule for rule, paths in matched if any(name in paths for name in names)]
     layer = next((rule.layer for rule in matching if rule.layer is not None), None)
     flatten = next((rule.flatten for rule in matching if rule.flatten is not None), None)
     return layer, flatten
@@ -252,15 +271,6 @@ def _only_layer_zero(groups: Sequence[Group]) -> list[Group]:
         return (found[1].removesuffix("/") + (found[2] or "")).removeprefix("/")
 
     return [dataclasses.replace(group, path=shorter(group.path)) for group in groups]
-
-
-def check_used(rules: Sequence[Rule], names: Sequence[str]) -> None:
-    modules = [name.rpartition(".")[0] for name in names]
-    for rule in rules:
-        if not any(rule.renamed(name) is not None for name in names):
-            close = nearest(rule.pattern, [*names, *modules])
-            hint = f"; nearest: {listed(map(repr, close))}" if close else ""
-            raise MappingError(f"the rule {str(rule)!r} matches no name in the file{hint}")
 
 
 def describe(name: str, array: Array) -> str:

@@ -173,14 +173,14 @@ def _in_order(matches: Sequence[Match], tree: Tree) -> list[Match]:
 def _by_default(
     tree: Tree, layers: Sequence[Layer], covered: Sequence[Pair], rules: Rules
 ) -> dict[str, np.ndarray]:
-    made = _rules.as_rules(rules)
     plain = {layer.path: _default_names(layer) for layer in layers}
-    _rules.check_used(made, [name for names in plain.values() for name in names.values()])
+    every = [name for names in plain.values() for name in names.values()]
+    matched = _rules.apply(_rules.as_rules(rules), every)
     matches = []
     for layer in layers:
         names = plain[layer.path]
-        kept = {short: new for short, name in names.items() if (new := _renamed(name, made))}
-        kind, flatten = _rules.declared(names.values(), made)
+        kept = {short: new for short, name in names.items() if (new := _renamed(name, matched))}
+        kind, flatten = _rules.declared(names.values(), matched)
         if kept:
             group = Group(layer.path, kept, layer=kind, flatten=flatten)
             matches.append(Match(layer, group, "default"))
@@ -235,8 +235,8 @@ def _default_names(layer: Layer) -> dict[str, str]:
     return {s: ".".join(x for x in (prefix, f"{s}{suffix}") if x) for s in shorts}
 
 
-def _renamed(name: str, rules: Sequence[_rules.Rule]) -> str | None:
-    path, rule = _rules.rename(name, rules)
+def _renamed(name: str, matched: _rules.Matched) -> str | None:
+    path, rule = _rules.rename(name, matched)
     if path is None or rule is None:
         return None if path is None else name
     return path.replace("/", ".")
