@@ -1,12 +1,17 @@
-"""Where the boxes of a diagram go: a layered drawing from top to bottom.
+"""Places the boxes and arrows of a diagram in layers from top to bottom.
 
-Sugiyama's method in its plainest form: rows by the longest path, an order within rows by
-barycentres, places by least squares. The longest path is the spine, straight, with the parameters
-at the left of their readers and everything else at the right: a chain of layers looks like one. A
-long arrow goes through a place of its own in each row, so that no arrow crosses a box.
+Sugiyama's method in its plainest form: rows by longest path, order within a row by barycentres,
+horizontal positions by least squares. The longest path is the spine and stays straight, with each
+parameter to the left of its reader and everything else to the right, so that a chain of layers
+looks like one. A long arrow has a position of its own in each row, so that it passes between boxes.
 
-Written here for want of a library: Graphviz is a system program, and the layouts that install
-from PyPI (grandalf, igraph) are under the GPL.
+Why no library: fast-sugiyama 0.5.3 (MIT, tried in November 2026) comes closest. It is deterministic
+and faster, but `from_edges` takes no box sizes and knows no spine: widths, spine, routes and blocks
+of parameters would stay here, and only about 60 lines would go. Residual blocks look worse, as their
+arrows pass on both sides and strike out labels. `svg()`, which has no dependency, would need an
+extra with compiled code, whose Linux wheels require glibc 2.34 where jaxlib's require 2.27. Try it
+again when its Python API takes sizes, as the Rust crate below it does. Graphviz is a system program,
+igraph is GPL, and grandalf has had no release since January 2023.
 """
 
 import dataclasses
@@ -16,16 +21,16 @@ from typing import NamedTuple
 
 from jaxgrad._drawing.diagram import Diagram, Node
 
-CHAR, LINE = 0.602, 17  # the width of a character in its height; the height of a line
+CHAR, LINE = 0.602, 17  # character width as a fraction of its height; line height
 FONT, SMALL = 12, 10
-FRAME = (12, 22, 12, 10)  # what a module's frame is wider at the left, top, right and bottom
+FRAME = (12, 22, 12, 10)  # margin of a module's frame: left, top, right, bottom
 _GAP_X, _GAP_Y, _PAD, _LEAF_GAP = 40, 40, 11, 30
-_GAP_FRAMES = 58  # room for a label between two frames
+_GAP_FRAMES = 58  # fits a label between two frames
 
 
 @dataclasses.dataclass
 class Box:
-    """A rectangle by its centre."""
+    """A rectangle, given by its centre."""
 
     x: float
     y: float
@@ -35,21 +40,21 @@ class Box:
 
 @dataclasses.dataclass
 class Layout:
-    """Boxes by the keys of nodes, and the arrows, in the order of the edges."""
+    """Boxes by node key, and one route per edge, in the order of the edges."""
 
     boxes: dict[str, Box]
     routes: list["Route"]
 
 
 class Route(NamedTuple):
-    """The points that an arrow goes through, and whether it goes to the right, not down."""
+    """The points of an arrow, and whether it points right instead of down."""
 
     points: list[tuple[float, float]]
     sideways: bool = False
 
 
 def lines(node: Node) -> list[str]:
-    """The text of a box: a long name goes over two lines."""
+    """The label of a box; a long name wraps onto two lines."""
     label = node.label
     if len(label) > 26 and "_" in label:
         cuts = [i for i, c in enumerate(label) if c == "_"]
@@ -59,11 +64,11 @@ def lines(node: Node) -> list[str]:
 
 
 def layout(diagram: Diagram) -> Layout:
-    """Places all nodes and arrows."""
+    """Positions all nodes and arrows."""
     sizes = {key: _size(node) for key, node in diagram.nodes.items()}
     leaves = _leaves(diagram)
     rows, chains = _rows(diagram, leaves)
-    # A box and its leaves are one block; the box stays at the block's right.
+    # A box and its leaves form one block, with the box at its right end.
     left = {
         key: max((sizes[p][0] for p in stack), default=-_LEAF_GAP) + _LEAF_GAP
         for key, stack in leaves.items()
@@ -109,7 +114,7 @@ def _size(node: Node) -> tuple[float, float]:
 
 
 def _leaves(diagram: Diagram) -> dict[str, list[str]]:
-    """The parameters that each node reads."""
+    """The parameters that each node reads, by node key."""
     found: dict[str, list[str]] = {}
     for e in diagram.edges:
         if diagram.nodes[e.source].kind == "param":
@@ -120,7 +125,7 @@ def _leaves(diagram: Diagram) -> dict[str, list[str]]:
 def _rows(
     diagram: Diagram, leaves: Mapping[str, Sequence[str]]
 ) -> tuple[list[list[str]], list[list[str]]]:
-    """The rows, and for each arrow between them its keys, places in the rows between included."""
+    """The rows, and each arrow as a chain of keys, with one key for each row that it passes."""
     hung = {leaf for stack in leaves.values() for leaf in stack}
     above: dict[str, list[str]] = {key: [] for key in diagram.nodes if key not in hung}
     below: dict[str, list[str]] = {key: [] for key in above}
@@ -137,7 +142,7 @@ def _rows(
             todo += [key, *missing]
         else:
             rank[key] = max((rank[k] + 1 for k in above[key]), default=0)
-    for key in above:  # an input stands right above its first reader
+    for key in above:  # an input goes right above its first reader
         if not above[key] and below[key]:
             rank[key] = max(0, min(rank[k] for k in below[key]) - 1)
     rows: list[list[str]] = [[] for _ in range(max(rank.values(), default=0) + 1)]
@@ -166,7 +171,7 @@ def _neighbours(chains: Sequence[Sequence[str]]) -> tuple[dict[str, list[str]], 
 
 
 def _spine(rows: Sequence[Sequence[str]], chains: Sequence[Sequence[str]]) -> set[str]:
-    """The nodes of a longest path; an arrow that passes a row has no node in it."""
+    """The nodes of a longest path of arrows between adjacent rows."""
     up, _ = _neighbours([chain for chain in chains if len(chain) == 2])
     length: dict[str, int] = {}
     for row in rows:
@@ -200,7 +205,7 @@ def _places(
     extents: Mapping[str, tuple[float, float]],
     spine: set[str],
 ) -> dict[str, float]:
-    """Horizontal places: near the neighbours, boxes of a row apart, the spine straight."""
+    """Horizontal positions: close to neighbours, no overlap within a row, a straight spine."""
     up, down = _neighbours(chains)
     xs = {key: 0.0 for row in rows for key in row}
     for sweep in range(24):
@@ -210,36 +215,36 @@ def _places(
                 0.0 if k in spine else _mean([xs[n] for n in ns], xs[k])
                 for k, ns in zip(row, near, strict=True)
             ]
-            # A box pulls more than a place that an arrow goes through.
+            # A box pulls harder than an arrow that passes.
             weights = [1e6 if k in spine else 4.0 if k in extents else 1.0 for k in row]
             gaps = [
                 extents.get(a, (0, 6))[1] + extents.get(b, (6, 0))[0] + _GAP_X
                 for a, b in itertools.pairwise(row)
             ]
             xs.update(zip(row, _apart(wanted, gaps, weights), strict=True))
+    row_of = {key: row for row in rows for key in row}
     for chain in chains:
-        _straighten(chain[1:-1], rows, extents, xs)
+        _straighten(chain[1:-1], row_of, extents, xs)
     return xs
 
 
 def _straighten(
     between: Sequence[str],
-    rows: Sequence[Sequence[str]],
+    row_of: Mapping[str, Sequence[str]],
     extents: Mapping[str, tuple[float, float]],
     xs: dict[str, float],
 ) -> None:
-    """What an arrow passes, it passes at one distance, where nothing further out is in the way."""
+    """Moves a passing arrow to its outermost position in every row, if nothing is in the way."""
     out = max((xs[key] for key in between), default=0.0)
-    for row in rows:
-        for key in {*row}.intersection(between):
-            right = [k for k in row if xs[k] > xs[key]]
-            if any(xs[k] - extents.get(k, (0, 0))[0] < out + 12 for k in right):
-                return
+    for key in between:
+        right = [k for k in row_of[key] if xs[k] > xs[key]]
+        if any(xs[k] - extents.get(k, (0, 0))[0] < out + 12 for k in right):
+            return
     xs.update(dict.fromkeys(between, out))
 
 
 def _apart(wanted: list[float], gaps: list[float], weights: list[float]) -> list[float]:
-    """The places nearest to those wanted that keep the gaps: pool adjacent violators."""
+    """The positions nearest to those wanted that keep the gaps: pool adjacent violators."""
     offsets = [0.0]
     for gap in gaps:
         offsets.append(offsets[-1] + gap)
