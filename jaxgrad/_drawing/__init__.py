@@ -1,5 +1,6 @@
-"""Pictures of traced functions: nodes and owners, a layered layout, SVG.
+"""Pictures of traced functions: groups of equations, a diagram, a layered layout, SVG.
 
-`picture.py` is what people call. May import `_staging`, `_jaxpr`, `_tree` and `_text`. A new way
-to group equations belongs in `owners.py`, a new mark in `svg.py`.
+The public functions are in `picture.py`. May import `_staging`, `_jaxpr`, `_tree` and `_text`. A
+new rule for the module of an equation belongs in `owners.py`, a new way to group equations in
+`groups.py`, a new mark in `svg.py`.
 """

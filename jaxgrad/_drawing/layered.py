@@ -5,13 +5,14 @@ horizontal positions by least squares. The longest path is the spine and stays s
 parameter to the left of its reader and everything else to the right, so that a chain of layers
 looks like one. A long arrow has a position of its own in each row, so that it passes between boxes.
 
-Why no library: fast-sugiyama 0.5.3 (MIT, tried in November 2026) comes closest. It is deterministic
-and faster, but `from_edges` takes no box sizes and knows no spine: widths, spine, routes and blocks
-of parameters would stay here, and only about 60 lines would go. Residual blocks look worse, as their
-arrows pass on both sides and strike out labels. `svg()`, which has no dependency, would need an
-extra with compiled code, whose Linux wheels require glibc 2.34 where jaxlib's require 2.27. Try it
-again when its Python API takes sizes, as the Rust crate below it does. Graphviz is a system program,
-igraph is GPL, and grandalf has had no release since January 2023.
+Why no library: fast-sugiyama 0.5.3 (MIT, tried in November 2026) comes closest. It is
+deterministic and faster, but `from_edges` takes no box sizes and knows no spine: widths, spine,
+routes and blocks of parameters would stay here, and only about 60 lines would go. Residual blocks
+look worse, as their arrows pass on both sides and strike out labels. `svg()`, which has no
+dependency, would need an extra with compiled code, whose Linux wheels require glibc 2.34 where
+jaxlib's require 2.27. Try it again when its Python API takes sizes, as the Rust crate below it
+does. Graphviz is a system program, igraph is GPL, and grandalf has had no release since January
+2023.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from jaxgrad._drawing.diagram import Diagram, Node
+from jaxgrad._drawing.nodes import Diagram, Node
 
 CHAR, LINE = 0.602, 17  # character width as a fraction of its height; line height
 FONT, SMALL = 12, 10

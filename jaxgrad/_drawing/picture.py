@@ -14,8 +14,10 @@ from typing import Any
 import jax
 from jax.extend import core as jex
 
-from jaxgrad._drawing.diagram import Diagram, Inputs, diagram
+from jaxgrad._drawing.diagram import diagram
+from jaxgrad._drawing.groups import Inputs
 from jaxgrad._drawing.layered import layout
+from jaxgrad._drawing.nodes import Diagram, Node
 from jaxgrad._drawing.svg import svg
 from jaxgrad._jaxpr.graph import trace
 from jaxgrad._staging.split import split
@@ -257,7 +259,7 @@ _MERMAID = (
 _DOT_STAGED = ', style=dashed, color="#0f8577", penwidth=2'
 
 
-def _text(node: Any) -> str:
+def _text(node: Node) -> str:
     return f"{node.label}\n{node.detail}" if node.detail else node.label
 
 

@@ -8,8 +8,8 @@ colours for readers whose system is dark.
 import html
 from collections.abc import Iterator, Mapping
 
-from jaxgrad._drawing.diagram import Diagram, Edge, Node
 from jaxgrad._drawing.layered import CHAR, FONT, FRAME, LINE, SMALL, Box, Layout, Route, lines
+from jaxgrad._drawing.nodes import Diagram, Edge, Node
 
 _FONT = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 _MARGIN, _LEGEND = 26, 34

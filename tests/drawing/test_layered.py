@@ -2,8 +2,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxgrad._drawing.diagram import Diagram, Edge, Node
 from jaxgrad._drawing.layered import _apart, layout
+from jaxgrad._drawing.nodes import Diagram, Edge, Node
 
 floats = st.floats(-100, 100)
 
