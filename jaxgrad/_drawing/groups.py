@@ -47,7 +47,7 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jaxpr, and what is known about its equations and values.
+    """A jaxpr with the facts about its equations and values that a diagram needs.
 
     Attributes:
         jaxpr: the equations.
@@ -75,6 +75,7 @@ class Program:
 
 
 def analysed(jaxpr: jex.Jaxpr, inputs: Inputs, depth: int) -> Program:
+    """Finds out what the steps of `diagram` need to know about a jaxpr."""
     owners = modules(jaxpr, inputs.params, depth or None)
     trained = depending(jaxpr.eqns, inputs.trained or ())
     relabelled = _relabelled(jaxpr, inputs.params)
@@ -101,13 +102,14 @@ def groups_of(program: Program) -> dict[str, Group]:
         detail = _counted(params) if kind == "module" else ""
         state = program.state(v for e in eqns for v in e.outvars)
         module = (program.owners[run[0]] or "") if kind == "op" and not program.depth else ""
-        # Operations of one module in a row share a frame; a later call of it gets another.
+        # Consecutive operations of one module share a frame; a later call of it gets another.
         frame = module and (frame if frame.startswith(f"{module} ") else f"{module} {key}")
         groups[key] = Group(Node(key, kind, label, detail, state, module, frame), eqns, params)
     return groups
 
 
 def read(eqns: Iterable[jex.JaxprEqn]) -> Iterator[jex.Var]:
+    """The values that equations read, with repeats."""
     return (v for eqn in eqns for v in eqn.invars if isinstance(v, jex.Var))
 
 
@@ -168,7 +170,7 @@ def _relabelled(jaxpr: jex.Jaxpr, params: Mapping[jex.Var, str]) -> dict[jex.Var
 
 
 def _calls(jaxpr: jex.Jaxpr, owners: Sequence[str | None]) -> list[str | None]:
-    """For each equation outside modules, the function that the drawn one calls to make it."""
+    """For each equation outside modules, the library function that created it, or None."""
     stacks = [[f.function for f in frames(eqn)] for eqn in jaxpr.eqns]
     first, last = min(stacks, default=[]), max(stacks, default=[])
     outer = sum(

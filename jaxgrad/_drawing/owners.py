@@ -1,9 +1,10 @@
-"""Which module of a model each equation belongs to.
+"""Assigns each equation to a module of the model.
 
-Linen and `jax.named_scope` write it into the jaxpr; NNX, Equinox and plain functions do not, but
-there the parameters tell: an equation that reads `layers/0/kernel` is of `layers/0`. The equations
-between two such *anchors* of one module are of it too. Between anchors of two modules, the Python
-call stack decides: an equation is in the `__call__` that an anchor is in, or is of neither module.
+Linen and `jax.named_scope` write the module into the jaxpr. NNX, Equinox and plain functions do
+not, but their parameters reveal it: an equation that reads `layers/0/kernel` belongs to `layers/0`.
+The equations between two such *anchors* of one module belong to it too. Between anchors of two
+modules, the Python call stack decides: an equation belongs to a module if both are in the same
+`__call__`, else to neither.
 """
 
 import itertools
@@ -28,7 +29,7 @@ _HIDDEN = (str(Path(jax.__file__).parent), str(Path(__file__).parents[1] / "_"))
 
 
 def frames(eqn: jex.JaxprEqn) -> tuple[Frame, ...]:
-    """The Python calls that lead to an equation, outermost first, without JAX's and our own."""
+    """The Python calls that lead to an equation, outermost first, without JAX's and jaxgrad's."""
     traceback = eqn.source_info.traceback
     found = (
         []
@@ -39,7 +40,7 @@ def frames(eqn: jex.JaxprEqn) -> tuple[Frame, ...]:
 
 
 def units(path: str) -> tuple[str, ...]:
-    """The modules on the way to a parameter: `layers/0/up/kernel` is in `layers/0` and in `up`."""
+    """The modules that contain a parameter: `layers/0` and `up` for `layers/0/up/kernel`."""
     parts: list[str] = []
     for part in path.split("/")[:-1]:
         if part.isdigit() and parts:
@@ -50,12 +51,12 @@ def units(path: str) -> tuple[str, ...]:
 
 
 def modules(jaxpr: jex.Jaxpr, params: Mapping[jex.Var, str], depth: int | None) -> list[str | None]:
-    """Says for each equation which module it belongs to, None where to no one's.
+    """Returns the module of each equation, or None for those outside modules.
 
     Args:
         jaxpr: the equations, inlined.
         params: the paths of the parameters among its inputs.
-        depth: how many modules deep to tell them apart; None for all the way.
+        depth: the depth to which modules are told apart; None for any depth.
     """
     of_params = {v: units(path) for v, path in params.items()}
     scopes = [_scope(eqn) for eqn in jaxpr.eqns]
@@ -80,8 +81,8 @@ class Anchor(NamedTuple):
 
     Attributes:
         module: the module.
-        call: the call stack down to the module's own `__call__`, where it has one.
-        stack: the whole call stack.
+        call: the call stack down to the module's own `__call__`, or () if it has none.
+        stack: the complete call stack.
     """
 
     module: str
@@ -90,13 +91,13 @@ class Anchor(NamedTuple):
 
 
 def _call(stack: Sequence[Frame], below: int) -> tuple[Frame, ...]:
-    """The stack down to the `__call__` that is this many modules above the innermost one."""
+    """The stack down to the `__call__` this many modules above the innermost one."""
     calls = [i for i, f in enumerate(stack) if f.function.endswith("__call__")]
     return tuple(stack[: calls[-1 - below] + 1]) if len(calls) > below else ()
 
 
 def _nearness(stack: Sequence[Frame], anchor: Anchor) -> int:
-    """How far an equation shares the calls of an anchor, if it is in its module, else 0."""
+    """How many calls an equation shares with an anchor, or 0 outside the anchor's module."""
     n = len(anchor.call)
     if not n or len(stack) < n or tuple(stack[: n - 1]) != anchor.call[:-1]:
         return 0
@@ -109,13 +110,13 @@ def _nearness(stack: Sequence[Frame], anchor: Anchor) -> int:
 
 
 def _scope(eqn: jex.JaxprEqn) -> tuple[str, ...]:
-    """Flax modules and named scopes; transformations, einsum's and classes' names are neither."""
+    """The Flax modules and named scopes of an equation, without transformations and einsums."""
     parts = str(eqn.source_info.name_stack).split("/")
     return tuple(p for p in parts if re.fullmatch(r"[\w-]+", p))
 
 
 def _shared(scopes: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-    """The scopes that all are in; one alone is not in itself."""
+    """The scopes that contain all of these; none if there is only one."""
     if len(set(scopes)) < 2:
         return ()
     columns = zip(*scopes, strict=False)
@@ -134,8 +135,8 @@ def _filled(
             filled[gap.start : gap.stop] = [ends[0].module] * len(gap)
             continue
         for k in gap:
-            # A block's last lines and the next block's first ones are in calls that look alike:
-            # the deeper one counts, and the earlier one where they are as deep.
+            # The last lines of a block and the first lines of the next are in calls that look
+            # alike: the deeper call wins, and the earlier one if both are equally deep.
             best = max(ends, key=lambda a: _nearness(stacks[k], a), default=None)
             if best and _nearness(stacks[k], best):
                 filled[k] = best.module

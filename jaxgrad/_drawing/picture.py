@@ -1,8 +1,7 @@
-"""A picture of a function: what depends on what, what is trained, and where staging cuts.
+"""Draws a function: its dependencies, what is trained, and where staging cuts.
 
-PyTorch users draw `grad_fn` to see what a loss is made of. Here the jaxpr is drawn, which knows
-more: frozen parameters and the data as well, the modules, and the value at which the frozen part
-ends and is stored (`jaxgrad.stage`).
+PyTorch users draw `grad_fn` to see the operations behind a loss. A jaxpr shows more: frozen
+parameters, the data, modules, and the value that `jaxgrad.stage` stores where the frozen part ends.
 """
 
 import dataclasses
@@ -19,6 +18,7 @@ from jaxgrad._drawing.groups import Inputs
 from jaxgrad._drawing.layered import layout
 from jaxgrad._drawing.nodes import Diagram, Node
 from jaxgrad._drawing.svg import svg
+from jaxgrad._jaxpr.dataflow import depending, reads
 from jaxgrad._jaxpr.graph import trace
 from jaxgrad._staging.split import split
 from jaxgrad._staging.traced_loss import Loss
@@ -27,16 +27,16 @@ from jaxgrad._tree.select import select
 from jaxgrad._tree.selection import Selection
 from jaxgrad._tree.wrt import Wrt
 
-_MANY = 60  # more equations than one can look at
+_MANY = 60  # a picture of more equations is hard to read
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Picture:
-    """A drawing of a function; made by `jaxgrad.graph`. In a notebook it shows itself.
+    """A drawing of a function, returned by `jaxgrad.graph`. Notebooks display it.
 
     Attributes:
         diagram: its nodes and edges.
-        notes: what the legend says of each colour.
+        notes: the legend's text for each colour.
     """
 
     diagram: Diagram
@@ -50,11 +50,11 @@ class Picture:
         return self.svg()
 
     def svg(self) -> str:
-        """Returns the drawing in SVG, light or dark as the reader's system is."""
+        """Returns the drawing as SVG, in light or dark colours to match the reader's system."""
         return svg(self.diagram, layout(self.diagram), self.notes)
 
     def dot(self) -> str:
-        """Returns the graph in the language of Graphviz."""
+        """Returns the graph in Graphviz's DOT language."""
         nodes = [
             f'  "{key}" [label="{_quoted(_text(n))}"{_DOT.get(n.state, "")}];'
             for key, n in self.diagram.nodes.items()
@@ -67,7 +67,7 @@ class Picture:
         return "\n".join([head, *nodes, *edges, "}\n"])
 
     def mermaid(self) -> str:
-        """Returns the graph in the language of Mermaid, which GitHub's Markdown draws."""
+        """Returns the graph as Mermaid text, which GitHub renders in Markdown."""
         names = {key: f"n{i}" for i, key in enumerate(self.diagram.nodes)}
         nodes = [
             f'  {names[key]}["{_quoted(_text(n), "<br>", "#quot;")}"]'
@@ -83,10 +83,10 @@ class Picture:
         return "\n".join(["flowchart TD", *nodes, *edges, *_MERMAID, ""])
 
     def png(self, scale: float = 2.0) -> bytes:
-        """Returns the drawing as a PNG file, in light colours.
+        """Returns the drawing as PNG bytes, in light colours.
 
         Args:
-            scale: pixels for each unit of the SVG.
+            scale: pixels per SVG unit.
 
         Raises:
             ModuleNotFoundError: the extra `graph` is not installed.
@@ -97,9 +97,9 @@ class Picture:
         except ModuleNotFoundError as e:
             raise ModuleNotFoundError(
                 f"a PNG needs '{e.name}': pip install 'jaxgrad[graph]'; .svg, .dot and .mmd need "
-                "nothing."
+                "no extra."
             ) from e
-        # A font of known widths, which comes with matplotlib: machines without fonts draw no text.
+        # matplotlib's own font: its widths are known, and a machine may have no fonts.
         folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
         files = [str(folder / f"DejaVuSansMono{weight}.ttf") for weight in ("", "-Bold")]
         return bytes(
@@ -112,14 +112,14 @@ class Picture:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the picture to a file, in the format that its name ends in.
+        """Writes the picture to a file, in the format given by its suffix.
 
         Args:
             path: `.svg`, `.png`, `.dot` (Graphviz) or `.mmd` (Mermaid).
 
         Raises:
-            ValueError: the name ends in something else.
-            ModuleNotFoundError: for a PNG the extra `graph` is needed.
+            ValueError: the file has another suffix.
+            ModuleNotFoundError: `.png` without the extra `graph`.
         """
         path = Path(path)
         formats: dict[str, Callable[[], str | bytes]] = {
@@ -139,25 +139,25 @@ class Picture:
 def graph(
     fun: Callable[..., Any],
     params: PyTree,
-    *args: Any,
+    *args: PyTree,
     wrt: Wrt | None = None,
     depth: int | None = None,
 ) -> Picture:
-    """Draws a function: parameters, operations or modules, and what is trained.
+    """Draws a function: its parameters, its operations or modules, and which of them are trained.
 
     Args:
         fun: a function that JAX can trace, `fun(params, *args)`.
         params: any pytree: arrays, or `jax.ShapeDtypeStruct`.
-        *args: what else to trace it with: trees of arrays or of `jax.ShapeDtypeStruct`. Where the
-            first is a batch with the examples along axis 0, the value that `jaxgrad.stage` would
-            store is marked.
-        wrt: what is trained; see `select`. Without it, nothing is highlighted.
-        depth: modules to this depth are drawn as one box each, and those in a row that do the
-            same as one with a count; 0 draws operations. By default operations, or modules where
-            there are too many.
+        *args: its other arguments, trees of arrays or of `jax.ShapeDtypeStruct`. If the first is a
+            batch with its examples along axis 0, the picture marks the value that `jaxgrad.stage`
+            would store.
+        wrt: the leaves that are trained; see `select`. Without it, nothing is highlighted.
+        depth: draws each module to this depth as one box, and consecutive modules that do the same
+            as one box with a count; 0 draws operations. By default, 0 for up to 60 operations,
+            else 1.
 
     Returns:
-        The picture. `.save("graph.svg")` writes it, also as `.png`, `.dot` and `.mmd`.
+        The picture. `.save("graph.svg")` writes it; so do `.png`, `.dot` and `.mmd`.
 
     Raises:
         SelectionError: `wrt` does not fit `params`.
@@ -178,7 +178,9 @@ def graph(
     hierarchical system structures", 1981, for the layout.
     """
     if depth is not None and depth < 0:
-        raise ValueError(f"depth={depth}; it is 0 for operations, or a number of modules.")
+        raise ValueError(
+            f"depth={depth} is negative; pass 0 to draw operations, 1 or more for modules."
+        )
     selection = None if wrt is None else select(params, wrt)
     traced = trace(fun, params, *args)
     flat = flatten(params) if selection is None else selection.named(params)
@@ -204,29 +206,25 @@ def graph(
 def _staged(
     fun: Callable[..., Any],
     params: PyTree,
-    args: tuple[Any, ...],
+    args: tuple[PyTree, ...],
     selection: Selection,
     jaxpr: jex.Jaxpr,
     trained: frozenset[jex.Var],
 ) -> frozenset[jex.Var]:
-    """The values that `stage` would store, in another trace of the same function.
+    """The values that `stage` would store, found in another trace of the same function.
 
-    What is frozen is inlined alike in both, so their frozen equations pair up one by one.
+    Both traces inline the frozen part alike, so their frozen equations pair up one by one.
     """
     sizes = {x.shape[:1] for x in jax.tree.leaves(jax.eval_shape(lambda *a: a, *args[:1]))}
     if len(sizes) != 1 or sizes < {(), (0,), (1,)}:
-        return frozenset()  # no batch, or one of no or one row, in which rows can't be told
+        return frozenset()  # no batch, or too few examples to tell the batch axis
     ((rows,),) = sizes
     source = Loss(fun, selection.named(params), selection.flags, args[0], args[1:])
     cut = split(source, rows)
     moving = cut.program.depending([*cut.program.trainable, *cut.program.vary])
-    theirs = [e for e in cut.program.jaxpr.eqns if not moving.intersection(e.outvars)]
-    ours, bright = [], set(trained)
-    for eqn in jaxpr.eqns:
-        if any(v in bright for v in eqn.invars if isinstance(v, jex.Var)):
-            bright.update(eqn.outvars)
-        else:
-            ours.append(eqn)
+    theirs = [e for e in cut.program.jaxpr.eqns if moving.isdisjoint(e.outvars)]
+    depends = depending(jaxpr.eqns, trained)
+    ours = [e for e in jaxpr.eqns if not reads(e, depends)]
     if [e.primitive for e in ours] != [e.primitive for e in theirs]:
         return frozenset()
     pairs = {

@@ -1,8 +1,8 @@
-"""A laid-out diagram as SVG: restrained colours, one font, a legend of what occurs.
+"""Writes a laid-out diagram as SVG: few colours, one font, a legend of the colours that occur.
 
-All text is in a monospaced font, whose widths are known without measuring: no text overlaps in any
-viewer. The drawing has a ground of its own, so that it reads on every page, and a second set of
-colours for readers whose system is dark.
+All text is monospaced, so its width is known without measuring and it overlaps in no viewer. The
+drawing has its own background, so that it reads on every page, and a second set of colours for
+readers whose system is dark.
 """
 
 import html
@@ -39,9 +39,9 @@ def svg(diagram: Diagram, placed: Layout, notes: Mapping[str, str]) -> str:
     """Returns the drawing.
 
     Args:
-        diagram: what to draw.
-        placed: where.
-        notes: what the legend says of each class that occurs.
+        diagram: the nodes and edges.
+        placed: their positions.
+        notes: the legend's text for each class that occurs.
     """
     frames = _frames(diagram, placed)
     titles = {node.frame: node.module for node in diagram.nodes.values()}
@@ -78,7 +78,7 @@ def svg(diagram: Diagram, placed: Layout, notes: Mapping[str, str]) -> str:
 
 
 def _style() -> str:
-    """Dark colours; the light ones are attributes, which also read where there is no CSS."""
+    """Dark colours. The light ones are attributes, which viewers without CSS read too."""
     rules = []
     for name, (fill, line, text) in _DARK.items():
         rules.append(f".jaxgrad .jg-{name}{{fill:{fill};stroke:{line}}}")
@@ -133,7 +133,7 @@ def _text(
         f'x="{x:.1f}" y="{y + font * 0.35:.1f}" font-size="{font}" text-anchor="{anchor}"{style}'
     )
     under = ""
-    if halo:  # a text of its own below, as not every viewer knows paint-order
+    if halo:  # a second text below: not every viewer supports paint-order
         under = (
             f'<text class="jg-halo" {common} fill="none" stroke="{_LIGHT["ground"][0]}" '
             f'stroke-width="4" stroke-linejoin="round">{html.escape(text)}</text>'
@@ -179,23 +179,23 @@ def _arrow(edge: Edge, route: Route) -> str:
 def _labels(
     diagram: Diagram, placed: Layout, frames: Mapping[str, Box]
 ) -> Iterator[tuple[str, str, float, float, str]]:
-    """A label for the value that leaves a box, on the side of its arrow where detours are not."""
-    told: dict[str, tuple[Edge, Route]] = {}
+    """A label for the value that leaves a box, on the side of the arrow without detours."""
+    first: dict[str, tuple[Edge, Route]] = {}
     for edge, route in zip(diagram.edges, placed.routes, strict=True):
-        if edge.label and (edge.source not in told or edge.staged):
-            told[edge.source] = edge, route
-    for edge, route in told.values():
+        if edge.label and (edge.source not in first or edge.staged):
+            first[edge.source] = edge, route
+    for edge, route in first.values():
         x, y = route.points[0]
         text = f"stored once: {edge.label}" if edge.staged else edge.label
         frame = frames.get(diagram.nodes[edge.source].frame)
         if frame and diagram.nodes[edge.target].frame != diagram.nodes[edge.source].frame:
-            y = frame.y + frame.height / 2  # clear of its line
+            y = frame.y + frame.height / 2  # below the frame's line
         kind, right = "staged" if edge.staged else "group", x > 1
         yield kind, text, x + 9 if right else x - 9, y + 14, "start" if right else "end"
 
 
 def _frames(diagram: Diagram, placed: Layout) -> dict[str, Box]:
-    """A frame around the operations of a module, where no other box is in it."""
+    """A frame around the operations of each module, unless another box would be inside it."""
     members: dict[str, list[str]] = {}
     for key, node in diagram.nodes.items():
         if node.frame:

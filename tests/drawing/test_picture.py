@@ -130,7 +130,7 @@ def test_depth(vit):
     inner = labels(jg.graph(*vit, depth=2))
     assert {"layers/3/norm1", "layers/3/attention", "layers/3/up", "layers/3/down"} < set(inner)
     assert labels(jg.graph(*vit, depth=0)).count("dot_general") == 12 * 8 + 1
-    with pytest.raises(ValueError, match="depth=-1; it is 0 for operations"):
+    with pytest.raises(ValueError, match="depth=-1 is negative; pass 0 to draw operations"):
         jg.graph(*vit, depth=-1)
 
 
