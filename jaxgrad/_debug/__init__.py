@@ -1,5 +1,5 @@
 """Finds out why a gradient is wrong: finite differences, and the operation that made a NaN.
 
-May import `_autograd`, `_jaxpr`, `_tree` and `_text`. A new check of a user's function is a file
+May import `_autograd`, `_jaxpr`, `_tree` and `_text`. Each check of a user's function has a file
 here.
 """

@@ -1,10 +1,10 @@
-"""Gradients against finite differences, leaf by leaf.
+"""Compares gradients with finite differences, leaf by leaf.
 
-A `custom_vjp` with a wrong sign trains, only worse. Central differences find it, where they are
-precise enough to be believed: in float64, with the step that balances rounding and truncation
-(the cube root of the machine's epsilon), and where the loss has a derivative at all. So the check
-converts what it is given, looks for lower precision inside of the loss, and says `kink` where the
-differences to the left and to the right disagree.
+A model with a wrong sign in a `custom_vjp` still trains, only worse. Central differences reveal it
+if they are precise: in float64, with the step that balances rounding and truncation (the cube root
+of the machine epsilon), and at a point where the loss is differentiable. So the check converts its
+arguments, looks for lower precision inside the loss, and reports a `kink` where the differences to
+the left and to the right disagree.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
+from jax.typing import ArrayLike
 
 from jaxgrad._autograd.grad import grad
 from jaxgrad._autograd.loss import GradientError, differentiable
@@ -33,11 +34,11 @@ class CheckedPath:
     """The verdict on the gradient of one leaf.
 
     Attributes:
-        path: the leaf.
-        verdict: `right`; `wrong`; or `kink`, where the loss has no derivative to compare with.
-        directions: how many directions were compared.
-        gradient: the derivative by the gradient, in the direction where they differ most.
-        difference: the derivative by finite differences in that direction.
+        path: the path of the leaf.
+        verdict: `right`, `wrong`, or `kink` if the loss is not differentiable there.
+        directions: the number of directions compared.
+        gradient: the directional derivative from the gradient, where the two differ most.
+        difference: the directional derivative from finite differences, in the same direction.
     """
 
     path: str
@@ -49,11 +50,11 @@ class CheckedPath:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class GradCheck:
-    """What `check_grads` found; printed, a table.
+    """The result of `check_grads`. Its repr is a table.
 
     Attributes:
         paths: the verdict on each selected leaf.
-        precision: the lowest floating-point type in which the loss computes.
+        precision: the lowest floating-point precision inside the loss.
     """
 
     paths: tuple[CheckedPath, ...]
@@ -65,19 +66,19 @@ class GradCheck:
         return tuple(p for p in self.paths if p.verdict == "wrong")
 
     def raise_if_wrong(self) -> "GradCheck":
-        """Returns itself, or raises where a gradient is wrong.
+        """Returns itself, or raises an error if a gradient is wrong.
 
         Raises:
-            GradientError: a gradient is not what finite differences say; the message has the paths.
+            GradientError: a gradient differs from finite differences; the message names the paths.
         """
         if self.wrong:
             found = (
-                f"'{p.path}' ({p.gradient:.6g} where differences say {p.difference:.6g})"
+                f"'{p.path}' ({p.gradient:.6g}; finite differences give {p.difference:.6g})"
                 for p in self.wrong
             )
             raise GradientError(
-                f"wrong gradient: {listed(found)}. Look for a custom_vjp or custom_jvp whose rule "
-                "is not its function's derivative, or a stop_gradient."
+                f"wrong gradient: {listed(found)}. Look for a stop_gradient, or a custom_vjp or "
+                "custom_jvp whose rule is not the derivative of its function."
             )
         return self
 
@@ -100,28 +101,28 @@ class GradCheck:
 def check_grads(
     loss: Callable[..., Any],
     params: PyTree,
-    *args: Any,
+    *args: PyTree,
     wrt: Wrt = "**",
     directions: int = 16,
     key: jax.Array | None = None,
-    **kwargs: Any,
+    **kwargs: PyTree,
 ) -> GradCheck:
     """Compares the gradient of a loss with central finite differences, leaf by leaf.
 
     Args:
-        loss: `loss(params, *args, **kwargs)`, pure, to a scalar.
-        params: any pytree, of numbers and not of tracers: this is no function for `jit`.
+        loss: a pure function, `loss(params, *args, **kwargs)`, that returns a scalar.
+        params: any pytree of concrete arrays; tracers do not work, so call this outside `jit`.
         *args: further arguments of `loss`.
-        wrt: which leaves of `params` to check; see `select`.
-        directions: a leaf of at most so many numbers is checked at each of them, a larger one in
-            so many random directions. Each takes two evaluations of the loss.
-        key: a typed PRNG key to draw the directions from; `jax.random.key(0)` if None.
+        wrt: the leaves of `params` to check; see `select`.
+        directions: checks each element of a leaf with at most this many, and a larger leaf in this
+            many random directions. Each direction takes two evaluations of the loss.
+        key: the typed PRNG key for the directions; `jax.random.key(0)` if None.
         **kwargs: further arguments of `loss`.
 
     Returns:
-        The verdicts. All floats in the arguments are converted to float64, whatever the
-        configuration of JAX; arrays that the loss closes over, and its casts, keep their
-        precision, and where that is lower the steps and tolerances are wider.
+        The verdicts. All floats in the arguments are converted to float64, whatever JAX's
+        configuration. Arrays that the loss closes over, and its casts, keep their precision; if
+        that is lower, steps and tolerances are wider.
 
     Raises:
         SelectionError: see `value_and_grad`.
@@ -147,10 +148,10 @@ def check_grads(
         params, args, kwargs = (_doubled(tree) for tree in (params, args, kwargs))
         selected, rest = differentiable(params, wrt).split(params)
         others = flatten((rest, args, kwargs))
-        # As arguments: XLA spends seconds on folding constants of this size.
+        # Passed as arguments, because XLA spends seconds on folding constants of this size.
         arrays = {i: leaf for i, leaf in enumerate(others.leaves) if hasattr(leaf, "dtype")}
 
-        def of_arrays(selected: PyTree, arrays: dict[int, Any]) -> Any:
+        def of_arrays(selected: PyTree, arrays: dict[int, jax.Array]) -> jax.Array:
             leaves = [arrays.get(i, leaf) for i, leaf in enumerate(others.leaves)]
             rest, args, kwargs = others.treedef.unflatten(leaves)
             return loss(merge(selected, rest), *args, **kwargs)
@@ -165,7 +166,7 @@ def check_grads(
             if is_hole(leaf):
                 continue
 
-            def at(x: Any, i: int = i) -> float:
+            def at(x: np.ndarray, i: int = i) -> float:
                 leaves = [*flat.leaves[:i], x, *flat.leaves[i + 1 :]]
                 return float(value(flat.treedef.unflatten(leaves), arrays))
 
@@ -176,13 +177,13 @@ def check_grads(
 
 
 def _compare(
-    at: Callable[[Any], float],
+    at: Callable[[np.ndarray], float],
     x: np.ndarray,
     gradient: np.ndarray,
     directions: list[np.ndarray],
     precision: np.dtype,
 ) -> tuple[str, float, float]:
-    """The verdict, and both derivatives in the direction where they differ most."""
+    """The verdict, and both directional derivatives where they differ most."""
     epsilon = float(jnp.finfo(precision).eps)
     step = epsilon ** (1 / 3) * max(1.0, float(np.sqrt(np.mean(np.abs(x) ** 2))))
     middle = at(x)
@@ -198,7 +199,7 @@ def _compare(
         kink = abs(right - left) > 0.01 * max(abs(right), abs(left)) + 4 * rounding
         return "kink" if kink else "wrong", claimed, measured
 
-    # One wrong direction decides.
+    # One wrong direction makes the leaf wrong.
     order = ("right", "kink", "wrong")
     return max(map(one, directions), key=lambda r: (order.index(r[0]), abs(r[1] - r[2])))
 
@@ -222,7 +223,7 @@ def _doubled(tree: PyTree) -> PyTree:
     return flat.treedef.unflatten([_double(x) if is_array(x) else x for x in flat.leaves])
 
 
-def _double(x: Any) -> Any:
+def _double(x: ArrayLike) -> ArrayLike:
     dtype = getattr(x, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
         return x
@@ -231,7 +232,7 @@ def _double(x: Any) -> Any:
 
 
 def _precision(closed: jex.ClosedJaxpr) -> np.dtype:
-    """The lowest floating-point type that what depends on the inputs is computed in."""
+    """The lowest floating-point precision among values that depend on the inputs."""
     flat = inline(closed, [False] * len(closed.jaxpr.invars))
     reached = depending(flat.jaxpr.eqns, flat.invars)
     found = [dtype for eqn in flat.jaxpr.eqns if reads(eqn, reached) for dtype in _floats(eqn)]

@@ -1,13 +1,13 @@
-"""The operation that made the first NaN or infinity, found when one is there.
+"""Finds the operation that made the first NaN or infinity, after a step has failed.
 
 PyTorch's anomaly mode watches every operation of every step, and slows all of them down for the
-one that fails. A pure function can be run again: the loss is traced, and its trace run operation
-by operation on the values that failed. Where the loss is finite its gradient's trace follows, so
-that what arises there arises in the backward pass.
+one that fails. A pure function can be run again: the loss is traced, and the trace is run operation
+by operation on the values that failed. If the loss is finite, the trace of its gradient follows,
+and what arises there arises in the backward pass.
 
-Infinities are often meant (a mask of `-inf` before a softmax), so what counts is what the result
-depends on: each value that is not finite carries its origin along, and one that becomes finite
-again drops it.
+Infinities are often intended (a mask of `-inf` before a softmax), so only those that the result
+depends on count: a value that is not finite carries its origin along, and drops it once it is
+finite again.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
+from jax.typing import ArrayLike
 
 from jaxgrad._autograd.grad import grad
 from jaxgrad._jaxpr.inline import Inlined, inline
@@ -33,23 +34,23 @@ from jaxgrad._tree.wrt import Wrt
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """An operation of a loss or of its gradient, and the values that it had.
+    """An operation of a loss or of its gradient, with its values.
 
     Attributes:
-        primitive: the JAX primitive, as `log`.
+        primitive: the JAX primitive, such as `log`.
         source: the file, line and function that it comes from.
-        scope: the Linen module or `jax.named_scope` it is in, or "".
-        turns: in which turn of the loops around it, the outermost first.
-        after: the paths of the parameters that were used last before it; they tell where in an
-            NNX or Equinox model it is, which has no scopes.
-        inputs: what it took: path or dtype and shape, and range.
-        output: what it gave.
+        scope: its Linen module or `jax.named_scope`, or "".
+        iterations: the iteration of each loop around it, the outermost first.
+        after: the paths of the parameters used last before it. They locate it in NNX and Equinox
+            models, which have no scopes.
+        inputs: the path, or dtype and shape, and the range of each input.
+        output: the same for its output.
     """
 
     primitive: str
     source: str
     scope: str
-    turns: tuple[int, ...]
+    iterations: tuple[int, ...]
     after: tuple[str, ...]
     inputs: tuple[str, ...]
     output: str
@@ -57,20 +58,20 @@ class Operation:
     def __str__(self) -> str:
         where = f"{self.primitive} at {self.source}"
         where += f" in {self.scope}" if self.scope else ""
-        return where + "".join(f", turn {turn}" for turn in self.turns)
+        return where + "".join(f", iteration {i}" for i in self.iterations)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class NonFinite:
-    """Where a loss or its gradient stopped being finite; printed, a sentence or two.
+    """Where a loss or its gradient stopped being finite. Its repr is a short report.
 
     Attributes:
-        phase: `forward`; `backward`, where the loss is finite and its gradient is not; or `input`,
-            where an argument already is not.
-        path: the path of that argument, or of the value that the loss closes over; else None.
-        value: what it holds, or what the first operation gave.
-        operation: the first operation that gave a value that is not finite, or None.
-        became_nan: the operation that made a NaN of infinities, where the first gave no NaN.
+        phase: `forward`; `backward` if the loss is finite and its gradient is not; `input` if an
+            argument is not finite.
+        path: the path of that argument, or of a value that the loss closes over; else None.
+        value: a description of that argument, or of the first operation's output.
+        operation: the first operation whose output is not finite, or None.
+        became_nan: the operation that turned an infinity into the first NaN, or None.
     """
 
     phase: str
@@ -93,20 +94,21 @@ class NonFinite:
 
 
 def find_nonfinite(
-    loss: Callable[..., Any], params: PyTree, *args: Any, wrt: Wrt = "**", **kwargs: Any
+    loss: Callable[..., Any], params: PyTree, *args: PyTree, wrt: Wrt = "**", **kwargs: PyTree
 ) -> NonFinite | None:
-    """Returns what first made a loss or its gradient NaN or infinite, or None.
+    """Finds the first operation that made a loss or its gradient NaN or infinite.
 
     Args:
-        loss: `loss(params, *args, **kwargs)`, pure, to a scalar.
-        params: any pytree; the values at which it failed, as they were before the step.
-        *args: further arguments of `loss`, as the batch and the key of that step.
-        wrt: which leaves of `params` are differentiated; see `select`.
+        loss: a pure function, `loss(params, *args, **kwargs)`, that returns a scalar.
+        params: any pytree, with the values from before the step that failed.
+        *args: further arguments of `loss`, such as the batch and the key of that step.
+        wrt: the leaves of `params` to differentiate; see `select`.
         **kwargs: further arguments of `loss`.
 
     Returns:
-        Where it arose, or None if loss and gradient are finite. The function is run operation by
-        operation and not compiled, which takes longer than a step, but nothing before.
+        The operation or the argument that it arose from, or None if loss and gradient are finite.
+        Operations run one by one, uncompiled: the search takes longer than a step, but costs
+        nothing until a step fails.
 
     Raises:
         SelectionError: see `value_and_grad`.
@@ -144,7 +146,7 @@ def find_nonfinite(
 
 @dataclasses.dataclass(frozen=True)
 class _Origin:
-    """Where a value stopped being finite: at an operation, or else at an input."""
+    """The operation, or else the input, at which a value stopped being finite."""
 
     path: str | None
     value: str
@@ -159,17 +161,17 @@ class _Origin:
 
 @dataclasses.dataclass(frozen=True)
 class _Value:
-    """A value, its path if it is an input, its origin if it is not finite.
+    """A value with its history.
 
     Attributes:
         x: the value.
-        path: of an input.
-        origin: None where all of `x` is finite.
-        after: the parameters that were used last.
+        path: its path, if it is an input.
+        origin: None if all of `x` is finite.
+        after: the parameters used last.
         of_params: whether it was computed from parameters and literals alone.
     """
 
-    x: Any
+    x: jax.Array
     path: str | None = None
     origin: _Origin | None = None
     after: tuple[str, ...] = ()
@@ -187,18 +189,18 @@ def _first_origin(fun: Callable[..., Any], flat: Flat, params: str) -> _Origin |
     return _worst(out.origin for out in map(_value, outs))
 
 
-def _input(x: Any, path: str, params: str) -> _Value:
+def _input(x: jax.Array, path: str, params: str) -> _Value:
     origin = None if _finite(x) else _Origin(path, _describe(x), None, _has_nan(x))
     of_params = path == params or path.startswith(f"{params}/")
     return _Value(x, path, origin, (path,) if of_params else (), of_params)
 
 
-def _value(x: Any) -> _Value:
+def _value(x: _Value | jax.Array) -> _Value:
     return x if isinstance(x, _Value) else _Value(x, of_params=True)  # a literal
 
 
 def _worst(origins: Iterable[_Origin | None]) -> _Origin | None:
-    """A NaN before an infinity, the first of each."""
+    """The first NaN, or else the first infinity."""
     found = [origin for origin in origins if origin is not None]
     return next((o for o in found if o.nan), found[0] if found else None)
 
@@ -208,13 +210,13 @@ def _run(
     params: str,
     args: Sequence[_Value],
     scope: str,
-    turns: tuple[int, ...],
+    iterations: tuple[int, ...],
 ) -> list[_Value]:
-    """Runs equations one by one; what is not finite learns where that comes from."""
+    """Runs equations one by one, and notes the origin of values that are not finite."""
     consts = [_input(x, f"closed over/{i}", params) for i, x in enumerate(program.consts)]
 
-    def equation(eqn: jex.JaxprEqn, values: Sequence[Any]) -> list[_Value]:
-        values = [_value(v) for v in values]
+    def equation(eqn: jex.JaxprEqn, read: Sequence[_Value | jax.Array]) -> list[_Value]:
+        values = [_value(v) for v in read]
         after, of_params = _after(values)
         outs = [_Value(x, None, None, after, of_params) for x in bind(eqn, [v.x for v in values])]
         bad = [i for i, out in enumerate(outs) if not _finite(out.x)]
@@ -222,13 +224,13 @@ def _run(
             return outs
         source, inner = whence(eqn)
         inner = "/".join(part for part in (scope, _plain(inner)) if part)
-        origins = _inside(eqn, values, bad, inner, turns)
+        origins = _inside(eqn, values, bad, inner, iterations)
         for i in bad:
             operation = Operation(
                 eqn.primitive.name,
                 source,
                 inner,
-                turns,
+                iterations,
                 after,
                 tuple(map(str, values)),
                 str(outs[i]),
@@ -241,7 +243,7 @@ def _run(
     return [_value(out) for out in interpret(open_program, [*consts, *args], equation)]
 
 
-def _origin(operation: Operation, values: Sequence[_Value], x: Any) -> _Origin:
+def _origin(operation: Operation, values: Sequence[_Value], x: jax.Array) -> _Origin:
     before, nan = _worst(v.origin for v in values), _has_nan(x)
     if before is None:
         return _Origin(None, operation.output, operation, nan)
@@ -251,7 +253,7 @@ def _origin(operation: Operation, values: Sequence[_Value], x: Any) -> _Origin:
 
 
 def _after(values: Sequence[_Value]) -> tuple[tuple[str, ...], bool]:
-    """The parameters that an operation's output comes after, and whether there is nothing else."""
+    """The parameters used last before an operation, and whether it reads nothing but parameters."""
     direct = [path for v in values if v.of_params for path in v.after]
     earlier = [path for v in values for path in v.after]
     return tuple(dict.fromkeys(direct or earlier)), all(v.of_params for v in values)
@@ -262,18 +264,18 @@ def _inside(
     values: Sequence[_Value],
     bad: Sequence[int],
     scope: str,
-    turns: tuple[int, ...],
+    iterations: tuple[int, ...],
 ) -> dict[int, _Origin]:
-    """The origins of an equation's outputs within its own program, where it has one."""
+    """The origins of an equation's outputs within its own program, if it has one."""
     match view(eqn):
         case Scan() as scan:
-            return _scan(scan, values, bad, scope, turns)
+            return _scan(scan, values, bad, scope, iterations)
         case While() as loop:
-            return _while(loop, values, bad, scope, turns)
+            return _while(loop, values, bad, scope, iterations)
         case Cond(branches):
             which, *operands = values
             branch = branches[int(np.clip(which.x, 0, len(branches) - 1))]
-            outs = _body(branch, operands, scope, turns)
+            outs = _body(branch, operands, scope, iterations)
             return {i: origin for i in bad if (origin := outs[i].origin)}
     return {}
 
@@ -283,7 +285,7 @@ def _scan(
     values: Sequence[_Value],
     bad: Sequence[int],
     scope: str,
-    turns: tuple[int, ...],
+    iterations: tuple[int, ...],
 ) -> dict[int, _Origin]:
     consts, carry, stacks = scan.parts(values)
     order = range(scan.length)
@@ -294,7 +296,7 @@ def _scan(
     origins: dict[int, _Origin] = {}
     run = jax.jit(jex.jaxpr_as_fun(scan.body))
     for i in reversed(order) if scan.reverse else order:
-        outs = _turn(run, scan.body, [*consts, *carry, *slices(i)], scope, (*turns, i))
+        outs = _iteration(run, scan.body, [*consts, *carry, *slices(i)], scope, (*iterations, i))
         carry = outs[: scan.carries]
         if _collect(origins, outs, bad):
             break
@@ -306,50 +308,50 @@ def _while(
     values: Sequence[_Value],
     bad: Sequence[int],
     scope: str,
-    turns: tuple[int, ...],
+    iterations: tuple[int, ...],
 ) -> dict[int, _Origin]:
     (of_test, consts, carry), i = loop.parts(values), 0
     goes_on = jax.jit(jex.jaxpr_as_fun(loop.test))
     origins: dict[int, _Origin] = {}
     run = jax.jit(jex.jaxpr_as_fun(loop.body))
     while goes_on(*(v.x for v in [*of_test, *carry]))[0]:
-        carry = _turn(run, loop.body, [*consts, *carry], scope, (*turns, i))
+        carry = _iteration(run, loop.body, [*consts, *carry], scope, (*iterations, i))
         i += 1
         if _collect(origins, carry, bad):
             break
     return origins
 
 
-def _turn(
+def _iteration(
     run: Callable[..., Any],
     body: jex.ClosedJaxpr,
     values: Sequence[_Value],
     scope: str,
-    turns: tuple[int, ...],
+    iterations: tuple[int, ...],
 ) -> list[_Value]:
-    """One turn of a loop: whole where that is finite, as most turns are, else step by step."""
+    """Runs an iteration of a loop compiled, and again step by step if a result is not finite."""
     outs = run(*(v.x for v in values))
     if all(map(_finite, outs)):
         after, _ = _after(values)
         return [_Value(x, after=after) for x in outs]
-    return _body(body, values, scope, turns)
+    return _body(body, values, scope, iterations)
 
 
 def _body(
-    body: jex.ClosedJaxpr, values: Sequence[_Value], scope: str, turns: tuple[int, ...]
+    body: jex.ClosedJaxpr, values: Sequence[_Value], scope: str, iterations: tuple[int, ...]
 ) -> list[_Value]:
-    return _run(inline(body, [False] * len(values)), "", values, scope, turns)
+    return _run(inline(body, [False] * len(values)), "", values, scope, iterations)
 
 
 def _collect(origins: dict[int, _Origin], outs: Sequence[_Value], bad: Sequence[int]) -> bool:
-    """Takes the origins of a turn's outputs, and says whether all that were asked for are known."""
+    """Adds the origins of an iteration's outputs, and returns whether all wanted ones are known."""
     for i in bad:
         if origin := outs[i].origin:
             origins.setdefault(i, origin)
     return len(origins) == len(bad)
 
 
-def _again(value: _Value, x: Any) -> _Value:
+def _again(value: _Value, x: jax.Array) -> _Value:
     origin = value.origin if value.origin is not None and not _finite(x) else None
     return dataclasses.replace(value, x=x, origin=origin)
 
@@ -359,31 +361,31 @@ def _plain(scope: str) -> str:
     return "/".join(part for part in re.sub(r"\w+\(|\)", "", scope).split("/") if part)
 
 
-def _is_inexact(x: Any) -> bool:
+def _is_inexact(x: ArrayLike) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
-def _finite(x: Any) -> bool:
+def _finite(x: ArrayLike) -> bool:
     return not _is_inexact(x) or bool(jnp.isfinite(x).all())
 
 
-def _has_nan(x: Any) -> bool:
+def _has_nan(x: ArrayLike) -> bool:
     return _is_inexact(x) and bool(jnp.isnan(x).any())
 
 
-def _describe(x: Any) -> str:
+def _describe(x: ArrayLike) -> str:
     if not _is_inexact(x) or not np.size(x):
         return spec(x)
-    numbers = np.asarray(x)
-    if numbers.dtype.itemsize < 4:
-        numbers = numbers.astype(np.float32)
-    bad = ~np.isfinite(numbers)
+    values = np.asarray(x)
+    if values.dtype.itemsize < 4:
+        values = values.astype(np.float32)
+    bad = ~np.isfinite(values)
     if bad.any():
-        kinds = {str(v) for v in np.unique(numbers[bad])}
+        kinds = {str(v) for v in np.unique(values[bad])}
         where = [int(d) for d in np.argwhere(bad)[0]]
         first = f", the first at {where}" if where else ""
         return f"{spec(x)}, {bad.sum()} of {bad.size} {' or '.join(sorted(kinds))}{first}"
-    if np.iscomplexobj(numbers):
+    if np.iscomplexobj(values):
         return spec(x)
-    low, high = numbers.min(), numbers.max()
+    low, high = values.min(), values.max()
     return f"{spec(x)} from {low:.3g} to {high:.3g}" if low != high else f"{spec(x)}, {low:.3g}"

@@ -44,9 +44,9 @@ def test_a_wrong_rule_is_found_and_the_right_leaves_are_not_blamed(rule):
     a = check.wrong[0]
     np.testing.assert_allclose(abs(a.difference), jnp.cos(PARAMS["a"][0, 0]), rtol=1e-6)
     assert str(info.value) == (
-        f"wrong gradient: 'a' ({a.gradient:.6g} where differences say {a.difference:.6g}). Look "
-        "for a custom_vjp or custom_jvp whose rule is not its function's derivative, or a "
-        "stop_gradient."
+        f"wrong gradient: 'a' ({a.gradient:.6g}; finite differences give {a.difference:.6g}). "
+        "Look for a stop_gradient, or a custom_vjp or custom_jvp whose rule is not the derivative "
+        "of its function."
     )
 
 

@@ -25,7 +25,7 @@ def test_the_log_of_zero_in_the_forward_pass():
     params = {"w": jnp.eye(2)}
     found = jg.find_nonfinite(loss, params, {"x": jnp.array([[1.0, 2.0], [3.0, 0.0]])})
     op = found.operation
-    assert (found.phase, op.primitive, op.scope, op.turns) == ("forward", "log", "entropy", ())
+    assert (found.phase, op.primitive, op.scope, op.iterations) == ("forward", "log", "entropy", ())
     assert op.source.startswith(line_of(loss, 3))
     assert op.after == ("params/w",)
     assert repr(found).splitlines() == [
@@ -109,9 +109,9 @@ def test_the_turn_of_a_scan(reverse):
 
     x = jnp.ones((5, 2)).at[3, 1].set(0.0)
     op = jg.find_nonfinite(loss, {"w": jnp.ones(2)}, x).operation
-    assert (op.primitive, op.scope, op.turns) == ("log", "rnn/cell", (3,))
+    assert (op.primitive, op.scope, op.iterations) == ("log", "rnn/cell", (3,))
     assert op.after == ("params/w",)
-    assert str(op) == f"log at {op.source} in rnn/cell, turn 3"
+    assert str(op) == f"log at {op.source} in rnn/cell, iteration 3"
 
 
 def test_the_turns_of_loops_within_loops():
@@ -126,7 +126,7 @@ def test_the_turns_of_loops_within_loops():
 
     x = jnp.ones((3, 4)).at[1, 2].set(0.0)
     op = jg.find_nonfinite(loss, 1.0, x).operation
-    assert (op.primitive, op.turns) == ("div", (1, 2))
+    assert (op.primitive, op.iterations) == ("div", (1, 2))
 
 
 def test_a_scan_in_the_backward_pass():
@@ -134,7 +134,7 @@ def test_a_scan_in_the_backward_pass():
         return jax.lax.scan(lambda c, row: (c + jnp.sqrt(row * p), None), 0.0, x)[0]
 
     found = jg.find_nonfinite(loss, 1.0, jnp.array([1.0, 4.0, 0.0, 9.0]))
-    assert (found.phase, found.operation.turns) == ("backward", (2,))
+    assert (found.phase, found.operation.iterations) == ("backward", (2,))
 
 
 def test_while_and_cond():
@@ -143,13 +143,13 @@ def test_while_and_cond():
         return p * jax.lax.stop_gradient(halved)
 
     op = jg.find_nonfinite(in_while, 1.0, jnp.array(2.0)).operation
-    assert (op.primitive, op.turns) == ("log", (1,))
+    assert (op.primitive, op.iterations) == ("log", (1,))
 
     def in_cond(p, x):
         return jax.lax.cond(x > 0, lambda x: x / p, lambda x: jnp.log(x) * p, x)
 
     op = jg.find_nonfinite(in_cond, 1.0, jnp.array(-1.0)).operation
-    assert (op.primitive, op.turns) == ("log", ())
+    assert (op.primitive, op.iterations) == ("log", ())
 
 
 def test_the_layer_of_a_linen_model():
