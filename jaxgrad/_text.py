@@ -53,3 +53,13 @@ def listed(items: Iterable[str], most: int = 8) -> str:
 def nearest(word: str, candidates: Iterable[str], most: int = 3) -> list[str]:
     """The candidates that a mistyped word may have meant, best first."""
     return difflib.get_close_matches(word, list(dict.fromkeys(candidates)), n=most, cutoff=0.6)
+
+
+def table(rows: Iterable[Sequence[str]], indent: str = "") -> list[str]:
+    """One line of text per row, with the columns aligned to the left."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        indent + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]

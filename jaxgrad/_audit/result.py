@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from jaxgrad._audit.cost import Cost
 from jaxgrad._audit.rules import Leak, Row
 from jaxgrad._staging.report import Report
-from jaxgrad._text import count, size
+from jaxgrad._text import count, size, table
 from jaxgrad._tree.bitwise import LeakError
 
 _HEADER = ("", "path", "array", "", "gradient", "norm", "state", "moved", "why")
@@ -15,12 +15,8 @@ _HEADER = ("", "path", "array", "", "gradient", "norm", "state", "moved", "why")
 
 def as_text(audit: "Audit") -> str:
     """The table in plain text, the totals, and the leaks."""
-    cells = [_HEADER, *_cells(audit)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in cells
-    ]
-    return "\n".join([*lines, "", *_totals(audit), *_found(audit)])
+    rows = table([_HEADER, *_cells(audit)])
+    return "\n".join([*rows, "", *_totals(audit), *_found(audit)])
 
 
 def as_html(audit: "Audit") -> str:

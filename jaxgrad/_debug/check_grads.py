@@ -23,7 +23,7 @@ from jaxgrad._jaxpr.dataflow import depending, reads
 from jaxgrad._jaxpr.inline import inline
 from jaxgrad._jaxpr.source import aval
 from jaxgrad._jaxpr.views import bodies
-from jaxgrad._text import listed
+from jaxgrad._text import listed, table
 from jaxgrad._tree.flat import PyTree, flatten, is_array, is_hole
 from jaxgrad._tree.merge import merge
 from jaxgrad._tree.wrt import Wrt
@@ -88,14 +88,9 @@ class GradCheck:
             (p.path, p.verdict, str(p.directions), f"{p.gradient:.6g}", f"{p.difference:.6g}")
             for p in self.paths
         ]
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in (header, *rows)
-        ]
         right = sum(p.verdict == "right" for p in self.paths)
-        lines.append(f"{right} of {len(self.paths)} right, compared in {self.precision}")
-        return "\n".join(lines)
+        total = f"{right} of {len(self.paths)} right, compared in {self.precision}"
+        return "\n".join([*table([header, *rows]), total])
 
 
 def check_grads(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxgrad._text import count
+from jaxgrad._text import count, table
 from jaxgrad._tree.flat import PyTree
 from jaxgrad.torch._mapping.flax_layers import Layer, Tree
 from jaxgrad.torch._mapping.layouts import Part
@@ -152,20 +152,12 @@ class Report:
             )
             for entry in self.entries
         ]
-        lines = [f"{len(self.entries)} of {total} leaves filled", *_columns(rows)]
+        lines = [f"{len(self.entries)} of {total} leaves filled", *table(rows, "  ")]
         if self.kept:
-            lines += ["kept at their initial value", *_columns(list(self.kept.items()))]
+            lines += ["kept at their initial value", *table(self.kept.items(), "  ")]
         if self.dropped:
-            lines += ["not used", *_columns(list(self.dropped.items()))]
+            lines += ["not used", *table(self.dropped.items(), "  ")]
         return "\n".join(lines)
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
 
 
 _ADVICE = {

@@ -19,6 +19,7 @@ import numpy as np
 from jaxgrad._disk.malformed import MalformedError, shorten
 from jaxgrad._disk.mapped import mapped
 from jaxgrad._disk.safetensors import parse_json
+from jaxgrad._text import table
 from jaxgrad.torch._reading.errors import TorchFileError, naming
 from jaxgrad.torch._reading.legacy_file import MAGIC, load_legacy
 from jaxgrad.torch._reading.module import Contents, Module, contents
@@ -116,10 +117,7 @@ class Checkpoint:
             (shorten(name) or "(the file)", str(array.shape), str(array.dtype), f"{array.nbytes:,}")
             for name, array in shown
         ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-            lines.append("  ".join(["", *cells]).rstrip())
+        lines += table(rows, "  ")
         if len(self.tensors) > len(shown):
             lines.append(f"  ... and {len(self.tensors) - len(shown)} more")
         lines += [f"  tied: {' = '.join(map(shorten, names))}" for names in self.tied[:_SHOWN_ROWS]]
