@@ -1,5 +1,5 @@
-"""Devices, processes and signals: where arrays are placed, who else trains, what interrupts.
+"""Devices, processes, signals and the terminal: placement of arrays, other processes, interrupts.
 
-May import `_tree` and `_text`. What a file of `_training` needs to know of the machine is asked
-here.
+May import `_tree` and `_text`. Whatever a training run or staging must know about the machine
+belongs here.
 """

@@ -2,6 +2,6 @@
 
 `traced_loss` traces, `dependence` classifies values by the rules of `batch_axis`, `min_cut` and
 `split` choose what is stored, `precompute` and `features` store it, `stage` and `report` are what
-people see. May import `_jaxpr`, `_tree`, `_disk` and `_text`. A staging rule is a row of the
-table in `batch_axis.py` and its row in the test.
+people see. May import `_jaxpr`, `_devices`, `_tree`, `_disk` and `_text`. A staging rule is a row
+of the table in `batch_axis.py` and its row in the test.
 """

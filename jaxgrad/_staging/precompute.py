@@ -4,7 +4,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 from jax.extend import core as jex
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxgrad._devices.progress import progress_bar
 from jaxgrad._disk.digest import content_name
 from jaxgrad._jaxpr.dataflow import taken
 from jaxgrad._jaxpr.source import aval, whence
@@ -173,39 +174,23 @@ def prepare(
     need = _features.nbytes(specs)
     place = place_for(where, need, budget)
     frozen.confirm()
-    track = _progress(len(starts)) if progress else lambda items: items
-    if place == "device":
-        values = _features.on_device(specs, track(starts), frozen)
-    elif place == "host":
-        values = _features.on_host(specs, track(starts), frozen)
-    else:
-        folder = Path(place) / frozen.key()
-        values = _features.on_disk(specs, starts, rows, _counted(frozen, track(starts)), folder)
-        place = str(folder)
+    with progress_bar(len(starts), "frozen part", progress, transient=True) as advance:
+
+        def compute(start: int) -> list[jax.Array]:
+            values = frozen(start)
+            advance(1, "frozen part")
+            return values
+
+        if place == "device":
+            values = _features.on_device(specs, starts, compute)
+        elif place == "host":
+            values = _features.on_host(specs, starts, compute)
+        else:
+            folder = Path(place) / frozen.key()
+            values = _features.on_disk(specs, starts, rows, compute, folder)
+            place = str(folder)
     error = float(np.sqrt(frozen.error[0] / max(frozen.error[1], 1e-30)))
     return values, _features.Stats(place, need, error)
-
-
-def _counted(frozen: Frozen, ticks: Iterable[int]) -> Callable[[int], list[jax.Array]]:
-    """Moves the progress bar with each chunk that is computed."""
-    ticks = iter(ticks)
-
-    def compute(start: int) -> list[jax.Array]:
-        next(ticks, None)
-        return frozen(start)
-
-    return compute
-
-
-def _progress(total: int) -> Callable[[Iterable[int]], Iterable[int]]:
-    if not sys.stderr.isatty():
-        return lambda items: items
-    from rich.console import Console  # only where somebody looks
-    from rich.progress import track
-
-    return lambda items: track(
-        items, "frozen part", total, console=Console(stderr=True), transient=True
-    )
 
 
 def place_for(where: str | os.PathLike[str], need: int, budget: int | None) -> str:

@@ -28,11 +28,11 @@ from jaxgrad._checkpoint.record import Position, Settings, StepRecord
 from jaxgrad._checkpoint.run import Checkpoints, Run
 from jaxgrad._devices.placement import Placement, Rules, placement
 from jaxgrad._devices.processes import of_all
+from jaxgrad._devices.progress import progress_bar
 from jaxgrad._devices.signals import Interrupted, agreed, caught_signals
 from jaxgrad._optim.param_groups import ParamGroups, ParamGroupsState
 from jaxgrad._training.history import Log, non_finite
 from jaxgrad._training.plan import make_plan
-from jaxgrad._training.progress import progress_bar
 from jaxgrad._training.resident import calls_of, feed, steps_per_call
 from jaxgrad._training.resume import (
     position_of,
@@ -206,7 +206,7 @@ def fit(
                 run.save(_copied(tree), record, log.history)
 
         advance = stack.enter_context(
-            progress_bar(epochs * rows or None, done * batch_size, progress)
+            progress_bar(epochs * rows or None, "compiling", progress, done=done * batch_size)
         )
         start = time.perf_counter()
         with contextlib.suppress(StopTraining):
