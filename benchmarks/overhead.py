@@ -1,11 +1,11 @@
-"""What a training step costs beside its arithmetic: a small MLP, one row, the head trained.
+"""Overhead of a training step beyond its arithmetic: a small MLP, one example, the head trained.
 
-    python benchmarks/overhead.py
+    python -m benchmarks.overhead
 
-Every way runs the same head-only SGD step, in turns, so that what else the machine does falls
-on all alike; printed is the median time of a step as a ratio to `jax.jit` over a dict split by
-hand. PyTorch and Equinox are left out where they are not installed. The second table has whole
-processes: `import jaxgrad` against `import jax, optax`.
+Every library runs the same head-only SGD step. They alternate, so that other load on the machine
+affects all of them equally. The report has the median time of a step, as a ratio to `jax.jit` over
+a dict split by hand. PyTorch and Equinox are skipped if they are not installed. The last line
+compares complete processes: `import jaxgrad` against `import jax, optax`.
 """
 
 import argparse
@@ -29,7 +29,7 @@ WIDTHS = (32, 32, 32)
 TX = optax.sgd(1e-2, momentum=0.9)
 BATCH = {"x": jnp.ones((1, 32)), "y": jnp.zeros(1, jnp.int32)}
 
-Step = Callable[[], object]  # one training step, which returns what to wait for
+Step = Callable[[], object]  # one training step; block on its result
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -174,20 +174,20 @@ def import_ratio(rounds: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=40, help="rounds of all ways, in turns")
-    parser.add_argument("--inner", type=int, default=50, help="steps of a way in a round")
+    parser.add_argument("--rounds", type=int, default=40, help="rounds over all libraries")
+    parser.add_argument("--inner", type=int, default=50, help="steps of each library in a round")
     args = parser.parse_args()
-    ways = {"jax.jit over a dict, by hand": by_hand, "jaxgrad": jaxgrad, "nnx.jit": nnx_jit}
+    makers = {"jax.jit over a dict, by hand": by_hand, "jaxgrad": jaxgrad, "nnx.jit": nnx_jit}
     if importlib.util.find_spec("equinox"):
-        ways["Equinox filter_jit"] = equinox
+        makers["Equinox filter_jit"] = equinox
     if importlib.util.find_spec("torch"):
-        ways["PyTorch eager"] = pytorch
-    times = medians({name: make() for name, make in ways.items()}, args.rounds, args.inner)
+        makers["PyTorch eager"] = pytorch
+    times = medians({name: make() for name, make in makers.items()}, args.rounds, args.inner)
     base = times["jax.jit over a dict, by hand"]
     print(f"one head-only step at batch 1, on {jax.devices()[0].device_kind}")
     for name, seconds in times.items():
         print(f"  {name:30} {seconds / base:6.2f} x   ({seconds * 1e6:.0f} us)")
-    print(f"import jaxgrad: {import_ratio(9):.2f} x `import jax, optax`, whole process")
+    print(f"import jaxgrad: {import_ratio(9):.2f} x `import jax, optax`, complete process")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Fine-tuning with frozen layers, side by side: how long an epoch takes in each recipe.
+"""Compares recipes for fine-tuning with frozen layers: the time of an epoch in each.
 
     python -m benchmarks.staging            # all models; draws benchmarks/staging.svg
     python -m benchmarks.staging mlp --epochs 5
 
 Every recipe trains the same parameters of the same model on the same batches with the same
-optimizer (SGD with momentum). Recipes take turns, epoch by epoch, so that another load on the
-machine hits all of them; what counts are the ratios. The recipes of plain `jax.jit` run an epoch
-as one scan, with the data on the device. The first epoch of each is not timed: it compiles. Peak
-memory is that of a process of its own that runs one recipe.
+optimizer (SGD with momentum). Recipes alternate, epoch by epoch, so that other load on the machine
+affects all of them; only the ratios matter. The recipes of plain `jax.jit` run an epoch as one
+scan, with the data on the device. The first epoch compiles and is not timed. Peak memory is
+measured in a separate process for each recipe.
 """
 
 import argparse
@@ -34,11 +34,11 @@ import jaxgrad as jg
 from jaxgrad.models import CNN, MLP, ViT
 
 Epoch = Callable[[np.ndarray], float]
-"""Trains on the batches of a `[steps, rows]` array of row numbers; returns the last loss."""
+"""Trains on the batches of a `[steps, rows]` array of row indices; returns the last loss."""
 
 
 class Task(NamedTuple):
-    """A model, its data, and what of it is trained."""
+    """A model, its data, and the parameters to train."""
 
     model: Callable[[], nnx.Module]
     torch_model: str
@@ -61,7 +61,7 @@ TASKS = {
 
 
 class Setting(NamedTuple):
-    """What the recipes of a task share."""
+    """Everything that the recipes of a task share."""
 
     task: Task
     apply: Any
@@ -222,7 +222,7 @@ def staged(s: Setting) -> Epoch:
 
 
 def cached_by_hand(s: Setting) -> Epoch:
-    """The trunk and the head written apart by someone who knows the model (an MLP)."""
+    """Trunk and head, split by someone who knows the model (an MLP)."""
     head, trunk = s.params["head"], s.params["layers"]
 
     @jax.jit
@@ -335,7 +335,7 @@ RECIPES: dict[str, Callable[[Setting], Epoch]] = {
 
 
 class Result(NamedTuple):
-    """Seconds: to build and for the first epoch, and for each epoch after it; bytes at the peak."""
+    """Seconds up to the end of the first epoch, seconds of each later epoch, peak bytes."""
 
     start: float
     epochs: list[float]
@@ -360,7 +360,7 @@ def compare(name: str, epochs: int) -> dict[str, Result]:
         try:
             epoch = make(s)
             losses[recipe] = epoch(todo[0])
-        except Exception as error:  # torch.compile needs a C++ compiler, torch may be missing
+        except Exception as error:  # torch.compile needs a C++ compiler; torch may be missing
             print(f"{name}: {recipe} does not run here: {str(error).splitlines()[0]}")
             continue
         running[recipe] = (epoch, time.perf_counter() - start, [])
@@ -384,7 +384,7 @@ def peak(name: str, recipe: str) -> int:
 
 def peak_of_this_process() -> int:
     status = Path("/proc/self/status")
-    if status.exists():  # on Linux, getrusage has the peak of the parent where that was higher
+    if status.exists():  # on Linux, getrusage reports the parent's peak if it was higher
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
@@ -431,9 +431,9 @@ def chart(all_results: dict[str, dict[str, Result]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", nargs="*", help=f"of {', '.join(TASKS)}; by first letters")
+    parser.add_argument("task", nargs="*", help=f"{', '.join(TASKS)}; first letters suffice")
     parser.add_argument("--epochs", type=int, default=5, help="timed epochs of each recipe")
-    parser.add_argument("--peak-of", help="run one epoch of one recipe; print its peak memory")
+    parser.add_argument("--peak-of", help="run one epoch of a recipe and print its peak memory")
     parser.add_argument("--chart", type=Path, default=Path(__file__).with_suffix(".svg"))
     args = parser.parse_args()
     starts = tuple(map(str.lower, args.task)) or ("",)

@@ -1,10 +1,10 @@
-"""Opening PyTorch files: `jaxgrad.torch.read` against `torch.load(mmap=True)`, in one run.
+"""Times opening PyTorch files: `jaxgrad.torch.read` against `torch.load(mmap=True)`, in one run.
 
-    python benchmarks/torch_read.py
+    python -m benchmarks.torch_read
 
-Both open the same warm files: one with few big tensors, one with thousands of small ones, and one
-whole module. Opening only maps the file on both sides; "and sum" also reads every element, in NumPy
-on both sides. The repetitions of the two alternate, and the median of each is reported.
+Both open the same warm files: one with a few big tensors, one with thousands of small ones, and one
+with a complete module. Opening only maps the file in both; "and sum" also reads every element, in
+NumPy in both. The two alternate, and the report has the median of each.
 """
 
 import argparse

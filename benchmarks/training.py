@@ -1,10 +1,10 @@
-"""What `fit` adds to a step: checkpoints, rows, parameters, devices.
+"""Cost of a step in `fit`: checkpoints, examples, parameters, devices.
 
     python -m benchmarks.training stall      # a save every 100 steps against none
     python -m benchmarks.training cost       # a step against rows, parameters and devices
 
-Ratios within one run: the variants take turns, and the median counts. The devices of `cost` are
-virtual ones on this machine's cores, so they share its speed: what shows is the overhead.
+Ratios are within one run: the variants alternate, and the median is reported. The devices of `cost`
+are virtual devices on this machine's cores and share its speed, so only overhead is visible.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def problem(width: int, rows: int):
 
 
 def hundreds(width: int, batch: int, steps: int, **options) -> list[float]:
-    """Seconds of every hundred steps but the first, which compiles."""
+    """Seconds of every hundred steps except the first, which compile."""
     import optax
 
     import jaxgrad as jg
@@ -62,13 +62,13 @@ def hundreds(width: int, batch: int, steps: int, **options) -> list[float]:
 
 
 def stall(repeats: int) -> None:
-    """How much longer a hundred steps take after a save than the next hundred."""
+    """Compares the hundred steps after a save with the next hundred."""
     import jaxgrad as jg
 
     print("width  params   ms/step   with a save per 100 steps, median (quartiles)")
     for width, pairs in ((128, 40), (256, 20), (512, 10), (1024, 4)):
         with tempfile.TemporaryDirectory() as folder:
-            run = jg.Checkpoints(folder, every=20)  # of 10 steps each: in every other hundred
+            run = jg.Checkpoints(folder, every=20)  # of 10 steps: in every other hundred
             times = hundreds(width, 256, 200 * pairs * repeats + 100, checkpoint=run)
         saved, plain = times[1::2], times[2::2]  # the first save is after two hundred steps
         longer = [a / b - 1 for a, b in zip(saved, plain, strict=False)]
@@ -89,7 +89,7 @@ def cost() -> None:
 
 
 def _elsewhere(width: int, batch: int, devices: int, sharding: str) -> float:
-    """The measurement in a process of its own, which has so many devices."""
+    """Runs `one` in a new process with this many devices."""
     command = [sys.executable, "-m", "benchmarks.training", "one"]
     command += [str(width), str(batch), str(devices), sharding]
     environment = {**os.environ, "XLA_FLAGS": f"{VIRTUAL}={devices}"}
