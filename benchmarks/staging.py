@@ -431,7 +431,7 @@ def chart(all_results: dict[str, dict[str, Result]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", nargs="*", help=f"{', '.join(TASKS)}; first letters suffice")
+    parser.add_argument("task", nargs="*", help=f"{'; '.join(TASKS)} (first letters suffice)")
     parser.add_argument("--epochs", type=int, default=5, help="timed epochs of each recipe")
     parser.add_argument("--peak-of", help="run one epoch of a recipe and print its peak memory")
     parser.add_argument("--chart", type=Path, default=Path(__file__).with_suffix(".svg"))

@@ -195,7 +195,7 @@ def _label(eqns: Sequence[jex.JaxprEqn]) -> str:
 def _counted(params: Sequence[jex.Var]) -> str:
     if not params:
         return ""
-    weights = f"{_short(sum(math.prod(aval(v).shape) for v in params))} numbers"
+    weights = f"{_short(sum(math.prod(aval(v).shape) for v in params))} weights"
     return f"{len(params)} arrays, {weights}" if len(params) > 1 else weights
 
 

@@ -111,7 +111,7 @@ def test_a_vit_by_modules(vit):
     ]
     (many,) = [n for n in picture.diagram.nodes.values() if "…" in n.label]
     numbers = sum(x.size for x in jax.tree.leaves(vit[1]["layers"][0]))
-    assert many.detail == f"× 11, each 16 arrays, {numbers / 1000:.3g}k numbers"
+    assert many.detail == f"× 11, each 16 arrays, {numbers / 1000:.3g}k weights"
     assert many.state == "frozen"
     assert labels(picture, "trained", "module") == ["layers/11", "norm", "head"]
     (crossing,) = [e for e in picture.diagram.edges if e.staged]
