@@ -138,7 +138,7 @@ def hand_split(s: Setting) -> Epoch:
 
 
 def optax_partition(s: Setting) -> Epoch:
-    mask = jg.select(s.params, s.task.wrt)
+    mask = jg.select(s.params, s.task.wrt).mask
     labels = jax.tree.map(lambda chosen: "train" if chosen else "freeze", mask)
     tx = optax.partition({"train": s.tx, "freeze": optax.set_to_zero()}, labels)
 
@@ -154,9 +154,7 @@ def optax_partition(s: Setting) -> Epoch:
 def nnx_jit(s: Setting) -> Epoch:
     model = s.task.model()
     model.eval()
-    named = jg.paths(s.params)
-    chosen = jax.tree.leaves(jg.select(s.params, s.task.wrt))
-    trained = {path for path, c in zip(named, chosen, strict=True) if c}
+    trained = {*jg.select(s.params, s.task.wrt).paths}
 
     def is_trained(path, value):
         return isinstance(value, nnx.Param) and "/".join(map(str, path)) in trained
@@ -188,7 +186,7 @@ class Wrapped(eqx.Module):
 
 def equinox(s: Setting) -> Epoch:
     model = Wrapped(s.params, s.apply.__call__)
-    mask = Wrapped(jg.select(s.params, s.task.wrt), s.apply.__call__)
+    mask = Wrapped(jg.select(s.params, s.task.wrt).mask, s.apply.__call__)
     trained, frozen = eqx.partition(model, mask)
 
     @eqx.filter_jit
