@@ -157,7 +157,7 @@ def graph(
             else 1.
 
     Returns:
-        The picture. `.save("graph.svg")` writes it; so do `.png`, `.dot` and `.mmd`.
+        The picture. `.save("graph.svg")` writes it; other suffixes are `.png`, `.dot` and `.mmd`.
 
     Raises:
         SelectionError: `wrt` does not fit `params`.
