@@ -27,13 +27,24 @@ def _dtype(x: Any) -> Any:
     return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
 
 
+def si(n: float, unit: str = "") -> str:
+    """A number to three digits with an SI prefix: `12.8k`, with a unit `12.8 kB`."""
+    n, prefix = float(f"{n:.3g}"), ""  # rounded first: 999,999 is 1M, not 1e+03k
+    for larger in "kMGTPE":
+        if n < 1000:
+            break
+        n, prefix = n / 1000, larger
+    return f"{n:.3g} {prefix}{unit}" if unit else f"{n:.3g}{prefix}"
+
+
 def size(n: float) -> str:
     """A number of bytes: `812 B`, `10.3 kB`, `2.15 GB`."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if n < 1000 or unit == "TB":
-            break
-        n /= 1000
-    return f"{n:.0f} B" if unit == "B" else f"{n:.3g} {unit}"
+    return si(n, "B")
+
+
+def work(n: float) -> str:
+    """A number of floating point operations: `12 FLOP`, `3.1 MFLOP`."""
+    return si(n, "FLOP")
 
 
 def count(items: Sequence[Any], noun: str, *, verb: bool = True) -> str:

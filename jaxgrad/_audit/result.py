@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from jaxgrad._audit.cost import Cost
 from jaxgrad._audit.rules import Leak, Row
 from jaxgrad._staging.report import Report
-from jaxgrad._text import count, size, table
+from jaxgrad._text import count, size, table, work
 from jaxgrad._tree.bitwise import LeakError
 
 _HEADER = ("", "path", "array", "", "gradient", "norm", "state", "moved", "why")
@@ -64,13 +64,13 @@ def _moved(row: Row) -> str:
 def _totals(audit: "Audit") -> Iterator[str]:
     spent, split = audit.cost, audit.split
     yield (
-        f"A step: {flops(spent.flops)}, {size(spent.nbytes)} read and written, "
+        f"A step: {work(spent.flops)}, {size(spent.nbytes)} read and written, "
         f"{size(spent.peak)} at its peak."
     )
     if split:
         times = f" (the step: {spent.flops / split.flops:.3g} times as many)" if split.flops else ""
         yield (
-            f"Split by wrt: {flops(split.flops)}{times}, {size(split.nbytes)} read and written, "
+            f"Split by wrt: {work(split.flops)}{times}, {size(split.nbytes)} read and written, "
             f"{size(split.peak)} at its peak."
         )
     frozen = sum(row.state for row in audit.rows if not row.trained)
@@ -86,15 +86,6 @@ def _found(audit: "Audit") -> Iterator[str]:
     yield f"{count(audit.leaks, 'leak', verb=False)}:"
     for leak in audit.leaks:
         yield f"- {leak}"
-
-
-def flops(n: float) -> str:
-    """A number of operations: `12 FLOP`, `3.1 MFLOP`."""
-    for unit in ("", "k", "M", "G", "T"):
-        if n < 1000 or unit == "T":
-            break
-        n /= 1000
-    return f"{n:.3g} {unit}FLOP"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

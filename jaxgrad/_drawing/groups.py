@@ -16,6 +16,7 @@ from jaxgrad._drawing.nodes import Node
 from jaxgrad._drawing.owners import frames, modules
 from jaxgrad._jaxpr.dataflow import depending
 from jaxgrad._jaxpr.source import aval
+from jaxgrad._text import si
 
 _RELABELS = {
     "broadcast_in_dim",
@@ -195,13 +196,5 @@ def _label(eqns: Sequence[jex.JaxprEqn]) -> str:
 def _counted(params: Sequence[jex.Var]) -> str:
     if not params:
         return ""
-    weights = f"{_short(sum(math.prod(aval(v).shape) for v in params))} weights"
+    weights = f"{si(sum(math.prod(aval(v).shape) for v in params))} weights"
     return f"{len(params)} arrays, {weights}" if len(params) > 1 else weights
-
-
-def _short(n: float) -> str:
-    for unit in ("", "k", "M", "G"):
-        if n < 1000 or unit == "G":
-            break
-        n /= 1000
-    return f"{n:.3g}{unit}"

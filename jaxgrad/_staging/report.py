@@ -14,6 +14,7 @@ from jaxgrad._jaxpr.views import Checkpoint, bodies, view
 from jaxgrad._staging import min_cut
 from jaxgrad._staging.dependence import Refusal, Varying
 from jaxgrad._staging.split import Split
+from jaxgrad._text import work
 
 # What a step costs whatever it computes, and a compilation of the frozen part, in operations:
 # about 0.2 ms and 0.2 s on a machine of 50 GFLOP/s. Measured on two CPU cores; they only
@@ -117,21 +118,21 @@ class Report:
     def __str__(self) -> str:
         if self.staged:
             lines = [
-                f"{_si(self.once)} per example run once; a step takes {_si(self.step)} instead of "
-                f"{_si(self.unstaged)} (predicted speed-up: {self.speedup:.3g})"
+                f"{work(self.once)} per example run once; a step takes {work(self.step)} "
+                f"instead of {work(self.unstaged)} (predicted speed-up: {self.speedup:.3g})"
             ]
         else:
-            lines = [f"nothing to stage: a step takes {_si(self.unstaged)} per example"]
+            lines = [f"nothing to stage: a step takes {work(self.unstaged)} per example"]
         lines += [f"  crosses: {c}" for c in self.crossing]
         if self.constants:
             lines.append(f"  constants: {self.constants:,} bytes from frozen parameters alone")
         for refusal, blocked in self.refusals:
-            lines.append(f"  not staged: {refusal} ({_si(blocked)} per example hang on it)")
+            lines.append(f"  not staged: {refusal} ({work(blocked)} per example hang on it)")
         if self.random:
             where, blocked = self.random
             lines.append(
                 f"  staged up to {where}, which is drawn anew in each step; in inference mode "
-                f"{_si(blocked)} more per example would run once"
+                f"{work(blocked)} more per example would run once"
             )
         return "\n".join(lines)
 
@@ -220,11 +221,3 @@ def _random(
     behind = [e for e in eqns if not drawn.isdisjoint(e.outvars) and trained.isdisjoint(e.outvars)]
     count = sum(flops(e) for e in behind if e not in draws)
     return (_where(behind[0]), count // split.rows) if behind else None
-
-
-def _si(count: float) -> str:
-    for unit in ("", "k", "M", "G", "T"):
-        if count < 1000 or unit == "T":
-            break
-        count /= 1000
-    return f"{count:.3g} {unit}FLOP"
