@@ -61,6 +61,7 @@ from ._tree.bitwise import assert_frozen as assert_frozen
 from ._tree.flat import paths as paths
 from ._tree.merge import MergeError as MergeError
 from ._tree.merge import merge as merge
+from ._tree.rows import RowsError as RowsError
 from ._tree.select import partition as partition
 from ._tree.select import select as select
 from ._tree.selection import Selection as Selection

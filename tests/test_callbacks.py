@@ -40,7 +40,7 @@ def test_evaluation_is_the_mean_over_rows(batch_size):
     assert state.history[-1]["val_n"] == pytest.approx(sum(n * n for n in sizes) / 7)
     with pytest.raises(ValueError, match="batch_size=0; it must be 1 or more"):
         evaluate(metrics, DATA, batch_size=0)
-    with pytest.raises(ValueError, match="share their first axis, its rows; this one has 'x' 7"):
+    with pytest.raises(jg.RowsError, match=r"same number of rows .*: 'x' has 7 and 'y' has 3"):
         evaluate(metrics, {"x": X, "y": X[:3]})
 
 

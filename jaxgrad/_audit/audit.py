@@ -31,6 +31,7 @@ from jaxgrad._staging.stage import StageError, stage
 from jaxgrad._text import nbytes, spec
 from jaxgrad._tree.bitwise import Change, change, wide
 from jaxgrad._tree.flat import Flat, PyTree, flatten, is_array, is_hole
+from jaxgrad._tree.rows import RowsError
 from jaxgrad._tree.select import resolve
 from jaxgrad._tree.selection import SelectionError
 from jaxgrad._tree.wrt import Wrt
@@ -218,6 +219,6 @@ def _staging(
     chosen = {path for path, t in zip(recipe.flat.paths, trained, strict=True) if t}
     try:
         staged = stage(recipe.loss, params, batch, wrt=lambda path, _: path in chosen)
-    except (StageError, SelectionError):  # no rows in the batch; tied parameters
+    except (RowsError, StageError, SelectionError):  # no rows in the batch; tied parameters
         return None
     return staged.report()

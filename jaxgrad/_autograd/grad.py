@@ -64,6 +64,7 @@ def value_and_grad(
         SelectionError: see `select`; or a selected leaf is no float, or a running statistic.
         GradientError: `fun` returns no scalar, changed the state of an NNX module in `params`
             (which would be lost), or the batch can't be split evenly.
+        RowsError: `microbatches` is given, and the arrays of the batch differ in their rows.
         TapError: see `tap`.
 
     Example:

@@ -9,14 +9,9 @@ import jax.numpy as jnp
 
 from jaxgrad._autograd.loss import GradientError
 from jaxgrad._text import listed
-from jaxgrad._tree.flat import (
-    PyTree,
-    flatten,
-    halves,
-    is_array,
-    is_key,
-)
+from jaxgrad._tree.flat import PyTree, flatten, halves, is_array, is_key
 from jaxgrad._tree.merge import merge
+from jaxgrad._tree.rows import common_rows
 
 
 def accumulate(
@@ -36,44 +31,47 @@ def accumulate(
     return values.mean(), aux, grads
 
 
+_MUST_SPLIT = (
+    "microbatches: the arrays in positional arguments",
+    "Pass what belongs to every part whole by keyword.",
+)
+
+
 def _microbatches(args: tuple, kwargs: dict, parts: int) -> tuple[PyTree, PyTree]:
     """What differs from part to part, stacked along a new first axis, and what does not."""
     flat = flatten((args, kwargs))
-    leaves, differs = list(flat.leaves), []
-    rows, source = None, ""
-    for i, (path, leaf) in enumerate(zip(flat.paths, flat.leaves, strict=True)):
-        where, _, name = path.partition("/")
-        if key := (is_key(leaf) and leaf.ndim == 0):
-            leaves[i] = jax.random.split(leaf, parts)
-        batched = where == "0" and is_array(leaf) and jnp.ndim(leaf) > 0
-        differs.append(key or batched)
-        if not batched:
-            continue
-        n = leaf.shape[0]
-        rows, source = (n, name) if rows is None else (rows, source)
-        if n != rows:
-            raise GradientError(
-                f"microbatches: argument '{name}' has {n} rows and '{source}' has {rows}; arrays "
-                "in positional arguments are split along their first axis. Pass what belongs to "
-                "every part whole by keyword."
-            )
-        if n % parts:
-            raise GradientError(
-                f"microbatches={parts} does not divide the {n} rows of argument '{name}'."
-            )
-        leaves[i] = leaf.reshape(parts, n // parts, *leaf.shape[1:])
+    leaves = list(flat.leaves)
+    keys = {i for i, leaf in enumerate(leaves) if is_key(leaf) and leaf.ndim == 0}
+    batch = [i for i, leaf in enumerate(leaves) if has_rows(flat.paths[i], leaf)]
+    differs = [i in keys or i in batch for i in range(len(leaves))]
+    for i in keys:
+        leaves[i] = jax.random.split(leaves[i], parts)
+    shapes = {flat.paths[i].partition("/")[2]: leaves[i].shape for i in batch}
+    rows = common_rows(shapes, *_MUST_SPLIT) if shapes else 0
+    if rows % parts:
+        first = next(iter(shapes))
+        raise GradientError(
+            f"microbatches={parts} does not divide the {rows} rows of argument '{first}'."
+        )
+    for i in batch:
+        leaves[i] = leaves[i].reshape(parts, rows // parts, *leaves[i].shape[1:])
     whole = [
         path.partition("/")[2]
         for path, leaf, differ in zip(flat.paths, flat.leaves, differs, strict=True)
         if is_array(leaf) and jnp.ndim(leaf) > 0 and not differ
     ]
-    if rows is None and (whole or not any(differs)):
+    if not batch and (whole or not any(differs)):
         raise GradientError(
             f"microbatches={parts} and no positional argument to split"
             + (f": {listed(map(repr, whole))} would go to each part whole" if whole else "")
             + ". Pass the batch by position: loss_and_grad(params, batch)."
         )
     return halves(dataclasses.replace(flat, leaves=leaves), differs)
+
+
+def has_rows(path: str, leaf: Any) -> bool:
+    """Whether a leaf of `(args, kwargs)` is an array with rows in a positional argument."""
+    return path.startswith("0/") and is_array(leaf) and jnp.ndim(leaf) > 0
 
 
 def _wide(dtype: Any) -> Any:

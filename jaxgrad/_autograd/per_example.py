@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxgrad._autograd.grad import grad
-from jaxgrad._autograd.loss import GradientError
-from jaxgrad._text import spec
-from jaxgrad._tree.flat import Flat, PyTree, flatten, is_array, is_key
+from jaxgrad._autograd.microbatches import has_rows
+from jaxgrad._tree.flat import PyTree, flatten, is_key
+from jaxgrad._tree.rows import common_rows
 from jaxgrad._tree.wrt import Wrt
 
 
@@ -40,7 +40,8 @@ def per_example_grads(
 
     Raises:
         SelectionError: see `value_and_grad`.
-        GradientError: see `value_and_grad`; or the batch has no rows, or not as many everywhere.
+        GradientError: see `value_and_grad`.
+        RowsError: the arrays of the batch differ in their rows, or there are none.
 
     Example:
         >>> import jax.numpy as jnp, jaxgrad as jg
@@ -79,6 +80,7 @@ def grad_norms(
     Raises:
         SelectionError: see `per_example_grads`.
         GradientError: see `per_example_grads`.
+        RowsError: see `per_example_grads`.
 
     Example:
         >>> import jax.numpy as jnp, jaxgrad as jg
@@ -109,8 +111,13 @@ def _norm(x: jax.Array) -> jax.Array:
 def _each_row(fun: Callable[..., Any], args: tuple, kwargs: dict, chunk: int | None) -> Any:
     """`fun` of each row of the batch, as a batch of one, stacked along a new first axis."""
     flat = flatten((args, kwargs))
-    count = _count_rows(flat)
-    rows = {i: leaf for i, leaf in enumerate(flat.leaves) if _has_rows(flat.paths[i], leaf)}
+    rows = {i: leaf for i, leaf in enumerate(flat.leaves) if has_rows(flat.paths[i], leaf)}
+    count = common_rows(
+        {flat.paths[i].partition("/")[2]: leaf.shape for i, leaf in rows.items()},
+        "per example: the arrays in positional arguments",
+        "Pass the batch by position, f(params, batch), and what belongs to all examples by "
+        "keyword.",
+    )
     keys = {i: leaf for i, leaf in enumerate(flat.leaves) if is_key(leaf) and leaf.ndim == 0}
     keys = {i: jax.random.split(key, count) for i, key in keys.items()}
 
@@ -123,26 +130,3 @@ def _each_row(fun: Callable[..., Any], args: tuple, kwargs: dict, chunk: int | N
     if chunk is None:
         return jax.vmap(of_one)(rows, keys)
     return jax.lax.map(lambda one: of_one(*one), (rows, keys), batch_size=chunk)
-
-
-def _count_rows(flat: Flat) -> int:
-    found: dict[int, str] = {}
-    for path, leaf in zip(flat.paths, flat.leaves, strict=True):
-        if _has_rows(path, leaf):
-            found.setdefault(leaf.shape[0], f"'{path.partition('/')[2]}' ({spec(leaf)})")
-    if len(found) == 1:
-        return next(iter(found))
-    if not found:
-        raise GradientError(
-            "per example: no positional argument after params is an array with rows. Pass the "
-            "batch by position, f(params, batch)."
-        )
-    raise GradientError(
-        f"per example: arguments {' and '.join([*found.values()][:2])} differ in rows. Arrays in "
-        "positional arguments have one row per example; pass what belongs to all by keyword."
-    )
-
-
-def _has_rows(path: str, leaf: Any) -> bool:
-    positional = path.startswith("0/")
-    return positional and is_array(leaf) and jnp.ndim(leaf) > 0

@@ -36,6 +36,7 @@ from jaxgrad._staging.split import Split, split
 from jaxgrad._staging.traced_loss import Loss
 from jaxgrad._staging.two_traces import Misaligned
 from jaxgrad._tree.flat import PyTree, check_same_structure, flatten
+from jaxgrad._tree.rows import rows_of
 from jaxgrad._tree.select import select
 from jaxgrad._tree.wrt import Wrt
 
@@ -71,8 +72,8 @@ def stage(
 
     Raises:
         SelectionError: `wrt` does not fit `params`.
-        StageError: the leaves of `batch` have no common leading axis, or the loss has a shape or a
-            branch that depends on values.
+        RowsError: the arrays of `batch` differ in their rows, or it has none.
+        StageError: a shape or a branch of the loss depends on values.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxgrad as jg
@@ -93,7 +94,7 @@ def stage(
     Source: what a PyTorch user writes by hand as `with torch.no_grad(): features = backbone(x)`.
     """
     selection = select(params, wrt)
-    rows = _rows(batch)
+    rows = rows_of(batch, "the batch", "Pass what does not belong to an example by `vary`.")
     source = Loss(loss, selection.named(params), selection.flags, _bare(batch), vary)
     try:
         # With one row, what is summed over the batch looks like what is not.
@@ -294,7 +295,7 @@ class _Plan:
                 f"the dataset is {tree}, and the batch that was staged {source.batch_tree}. Both "
                 "must be one structure."
             )
-        total = _rows(dataset)
+        total = rows_of(dataset)
         for name, leaf, spec in zip(self.names, leaves, source.batch, strict=True):
             dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
             if leaf.shape[1:] != spec.shape[1:] or dtype != spec.dtype:
@@ -332,24 +333,3 @@ def _bare(batch: PyTree) -> PyTree:
 
 def _arrays(var: jex.Var, encoding: str | None) -> int:
     return 2 if encoding == "int8" and is_encoded(aval(var).dtype, encoding) else 1
-
-
-def _rows(tree: PyTree) -> int:
-    """The common length of the leading axes."""
-    nodes, _ = jax.tree_util.tree_flatten_with_path(tree)
-    sizes: dict[Any, str] = {}
-    for path, leaf in nodes:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        shape = np.shape(leaf)
-        if not shape:
-            raise StageError(
-                f"'{name}' is a scalar; each array of a batch has the examples along axis 0. Pass "
-                "what is no example by `vary`."
-            )
-        sizes.setdefault(shape[0], name)
-    if len(sizes) != 1:
-        what = " and ".join(f"'{name}' has {size}" for size, name in sizes.items())
-        raise StageError(
-            f"the arrays of a batch have one number of rows, and {what or 'there is no array'}."
-        )
-    return next(iter(sizes))

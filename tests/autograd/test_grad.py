@@ -342,17 +342,21 @@ def test_microbatches_hold_gradients_of_the_selected_leaves_only():
     ("args", "parts", "text"),
     [
         ((jnp.ones(5),), 2, "microbatches=2 does not divide the 5 rows of argument '0'."),
-        (
-            ({"x": jnp.ones(4), "y": jnp.ones(3)},),
-            2,
-            "argument '0/y' has 3 rows and '0/x' has 4; arrays in positional arguments are split",
-        ),
         ((), 2, "microbatches=2 and no positional argument to split. Pass the batch by position"),
     ],
 )
 def test_batches_that_do_not_split(args, parts, text):
     f = jg.grad(lambda p, *args: p.sum(), microbatches=parts)
     assert text in message(f, jnp.ones(2), *args)
+
+
+def test_parts_of_arrays_that_differ_in_rows():
+    f = jg.grad(lambda p, batch: p.sum(), microbatches=2)
+    batch = {"x": jnp.ones(4), "y": jnp.ones(3)}
+    assert message(f, jnp.ones(2), batch, error=jg.RowsError) == (
+        "microbatches: the arrays in positional arguments must have the same number of rows "
+        "(axis 0): '0/x' has 4 and '0/y' has 3. Pass what belongs to every part whole by keyword."
+    )
 
 
 def test_a_batch_by_keyword_is_not_repeated_in_silence():

@@ -11,7 +11,7 @@ from jaxgrad.models import MLP
 
 
 def message(fun, *args, **kwargs):
-    with pytest.raises(jg.GradientError) as info:
+    with pytest.raises(jg.RowsError) as info:
         fun(*args, **kwargs)
     return str(info.value)
 
@@ -77,13 +77,15 @@ def test_keys_are_split_and_keywords_are_whole():
 
 def test_a_batch_without_rows_or_with_several_counts():
     loss = lambda p, *a, **k: p
+    text = "per example: the arrays in positional arguments must have the same number of rows "
+    fix = (
+        "Pass the batch by position, f(params, batch), and what belongs to all examples by keyword."
+    )
     assert message(jg.per_example_grads(loss), 1.0, x=jnp.ones(3)) == (
-        "per example: no positional argument after params is an array with rows. Pass the batch "
-        "by position, f(params, batch)."
+        f"{text}(axis 0): there are none. {fix}"
     )
     assert message(jg.grad_norms(loss), 1.0, {"x": jnp.ones((3, 2))}, jnp.ones(4)) == (
-        "per example: arguments '0/x' (float32[3,2]) and '1' (float32[4]) differ in rows. Arrays "
-        "in positional arguments have one row per example; pass what belongs to all by keyword."
+        f"{text}(axis 0): '0/x' has 3 and '1' has 4. {fix}"
     )
 
 

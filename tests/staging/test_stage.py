@@ -364,11 +364,13 @@ def test_errors_are_for_people():
     batch = batch_of(data, slice(6))
     with pytest.raises(jg.SelectionError, match=r"did you mean|Did you mean"):
         jg.stage(loss, params, batch, "d/**")
-    with pytest.raises(jg.StageError, match="'x' has 10 and 'y' has 6"):
+    with pytest.raises(jg.RowsError, match="'x' has 10 and 'y' has 6"):
         jg.stage(loss, params, {**batch, "x": data["x"]}, wrt)
-    with pytest.raises(jg.StageError, match=r"'scale' is a scalar.*by `vary`"):
+    with pytest.raises(jg.RowsError, match=r"'scale' is a scalar.*by `vary`"):
         jg.stage(loss, params, {**batch, "scale": 1.0}, wrt)
     staged = jg.stage(loss, params, batch, wrt)
+    with pytest.raises(jg.RowsError, match=r"the dataset has no rows: 'x' has shape \[0, 5\]"):
+        staged.prepare(batch_of(data, slice(0)))
     with pytest.raises(jg.StageError, match=r"'x' of the dataset has rows of float32\[4\].*\[5\]"):
         staged.prepare({**data, "x": data["x"][:, :4]})
     with pytest.raises(jg.StageError, match="Both must be one structure"):

@@ -289,10 +289,11 @@ def test_a_gradient_that_is_not_finite_ends_a_run_before_it_moves_anything():
         ),
         (
             {"dataset": {"x": np.ones(3), "y": np.ones(4)}},
-            "the arrays of a dataset share their first axis, its rows; this one has 'x' 3, 'y' 4.",
+            "the arrays of the dataset must have the same number of rows (axis 0): 'x' has 3 and "
+            "'y' has 4.",
         ),
-        ({"dataset": {"x": np.ones(0)}}, "this one has 'x' 0."),
-        ({"dataset": {}}, "this one has no array."),
+        ({"dataset": {"x": np.ones(0)}}, "the dataset has no rows: 'x' has shape [0]."),
+        ({"dataset": {}}, "the same number of rows (axis 0): there are none."),
     ],
 )
 def test_wrong_arguments(change, text):
