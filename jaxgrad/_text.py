@@ -1,30 +1,36 @@
-"""The words that errors and tables share: how leaves, sizes and near misses are written."""
+"""The words that errors and tables share: how to write leaves, sizes and near misses."""
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sized
+from typing import TypeAlias
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+Leaf: TypeAlias = ArrayLike | jax.ShapeDtypeStruct
 
 
-def spec(x: Any) -> str:
+def spec(x: Leaf) -> str:
     """Dtype and shape of an array, a number or a `ShapeDtypeStruct`: `float32[3,2]`."""
     return f"{_dtype(x)}[{','.join(map(str, getattr(x, 'shape', ())))}]"
 
 
-def numel(x: Any) -> int:
-    """How many numbers an array holds; PyTorch's `Tensor.numel`."""
+def numel(x: Leaf) -> int:
+    """The number of elements of an array; PyTorch's `Tensor.numel`."""
     return math.prod(getattr(x, "shape", ()))
 
 
-def nbytes(x: Any) -> int:
-    """The bytes that an array takes."""
+def nbytes(x: Leaf) -> int:
+    """The size of an array in bytes."""
     return numel(x) * _dtype(x).itemsize
 
 
-def _dtype(x: Any) -> Any:
-    return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+def _dtype(x: Leaf) -> np.dtype:
+    dtype = getattr(x, "dtype", None)
+    return jnp.result_type(x) if dtype is None else dtype
 
 
 def si(n: float, unit: str = "") -> str:
@@ -47,7 +53,7 @@ def work(n: float) -> str:
     return si(n, "FLOP")
 
 
-def count(items: Sequence[Any], noun: str, *, verb: bool = True) -> str:
+def count(items: Sized, noun: str, *, verb: bool = True) -> str:
     """`1 leaf is`, `3 leaves are`."""
     plural = noun[:-1] + "ves" if noun.endswith("leaf") else noun + "s"
     words = f"{len(items)} {noun if len(items) == 1 else plural}"
@@ -55,14 +61,14 @@ def count(items: Sequence[Any], noun: str, *, verb: bool = True) -> str:
 
 
 def listed(items: Iterable[str], most: int = 8) -> str:
-    """The first few, and how many more there are."""
+    """The first few items, and how many more there are."""
     items = list(items)
     rest = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + rest
 
 
 def nearest(word: str, candidates: Iterable[str], most: int = 3) -> list[str]:
-    """The candidates that a mistyped word may have meant, best first."""
+    """The candidates closest to a mistyped word, best first."""
     return difflib.get_close_matches(word, list(dict.fromkeys(candidates)), n=most, cutoff=0.6)
 
 

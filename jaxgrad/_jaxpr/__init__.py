@@ -1,14 +1,14 @@
-"""JAX's programs: their form, and the walks over them.
+"""Reads and walks jaxprs.
 
-`views.py` alone knows what an equation with a program inside (scan, cond, while, jit, checkpoint,
-custom rules, shard_map) is called and how its parameters are laid out. A new form in a new JAX is
-one more line there, read by everything that walks. May import `_tree` and `_text`.
+`views.py` alone knows the names and the parameters of the equations that hold programs (scan, cond,
+while, jit, checkpoint, custom rules, shard_map). To support a new form in a new JAX, add it there;
+everything that walks a program reads it through a view. May import `_tree` and `_text`.
 """
 
 import jax
 
-# pip enforces this bound, except where an environment pins JAX: there the first name that
-# `jax.extend` lacks would be the only message.
+# pip enforces this bound unless an environment pins JAX. Then the only message would be about the
+# first name that `jax.extend` lacks.
 if jax.__version_info__ < (0, 10, 2):
     raise ImportError(
         f"jax {jax.__version__} is installed, and jaxgrad reads the programs of jax 0.10.2 and "

@@ -1,17 +1,19 @@
-"""What depends on what in a flat program, forwards and backwards."""
+"""Reachability in a flat program, forwards and backwards."""
 
 from collections.abc import Container, Iterable, Sequence
 
 from jax.extend import core as jex
 
+from jaxgrad._jaxpr.source import Atom
+
 
 def reads(eqn: jex.JaxprEqn, values: Container[jex.Var]) -> bool:
-    """Whether an equation takes one of these values."""
+    """Whether an equation reads one of these values."""
     return any(isinstance(v, jex.Var) and v in values for v in eqn.invars)
 
 
 def depending(eqns: Iterable[jex.JaxprEqn], values: Iterable[jex.Var]) -> set[jex.Var]:
-    """The values that depend on one of these, themselves included; equations in their order."""
+    """The values that depend on one of these, themselves included; equations come in order."""
     found = set(values)
     for eqn in eqns:
         if reads(eqn, found):
@@ -20,7 +22,7 @@ def depending(eqns: Iterable[jex.JaxprEqn], values: Iterable[jex.Var]) -> set[je
 
 
 def taken(jaxpr: jex.Jaxpr) -> set[jex.Var]:
-    """The values that the equations or the outputs of a program take."""
+    """The values that the equations or the outputs of a program read."""
     atoms = [*(v for e in jaxpr.eqns for v in e.invars), *jaxpr.outvars]
     return {v for v in atoms if isinstance(v, jex.Var)}
 
@@ -28,17 +30,17 @@ def taken(jaxpr: jex.Jaxpr) -> set[jex.Var]:
 def between(
     jaxpr: jex.Jaxpr,
     inputs: Sequence[jex.Var],
-    outputs: Sequence[jex.Var | jex.Literal],
+    outputs: Sequence[Atom],
     *,
     effects: bool = False,
 ) -> jex.Jaxpr:
-    """The equations that lead from some values to others, as a jaxpr of its own.
+    """The equations that compute some values from others, as a jaxpr of their own.
 
     Args:
-        jaxpr: where to take them from; it has no constants.
-        inputs: the values that are given; what they were computed from is left out.
-        outputs: the values that are wanted.
-        effects: whether equations with side effects stay although nothing needs their outputs.
+        jaxpr: the program to take them from; it has no constants.
+        inputs: the given values; the equations that compute them are left out.
+        outputs: the wanted values.
+        effects: whether to keep equations with side effects even if nothing reads their outputs.
     """
     given, needed = set(inputs), {v for v in outputs if isinstance(v, jex.Var)}
     kept = []
@@ -58,5 +60,5 @@ def between(
 
 
 def union_of_effects(eqns: Iterable[jex.JaxprEqn]) -> frozenset[jex.Effect]:
-    """What running these equations does beside computing values."""
+    """The side effects of running these equations."""
     return frozenset(effect for eqn in eqns for effect in eqn.effects)

@@ -1,8 +1,8 @@
-"""How many floating point operations an equation takes, from its shapes alone.
+"""The floating point operations of an equation, counted from its shapes alone.
 
-Matrix products and convolutions are counted exactly, what moves or relabels data as nothing,
-everything else as one operation per element. XLA's own count needs a compiled program; the
-crossing is chosen before anything is compiled, and only needs the large terms right.
+Matrix products and convolutions count exactly, equations that move or relabel data count as zero,
+and all others as one operation per element. XLA's own count needs a compiled program; staging
+chooses its crossing before anything is compiled, and only needs the large terms right.
 """
 
 import math
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from jax.extend import core as jex
 
-from jaxgrad._jaxpr.source import aval, dtype, shape
+from jaxgrad._jaxpr.source import Atom, aval, dtype, shape
 from jaxgrad._jaxpr.views import Cond, Scan, ShardMap, bodies, view
 
 _FREE = """
@@ -23,7 +23,7 @@ sharding_constraint slice split squeeze stop_gradient transpose
 def flops(eqn: jex.JaxprEqn) -> int:
     """Floating point operations of one equation, its bodies included.
 
-    A `while` is counted as one turn, and a `cond` as its dearest branch.
+    A `while` counts as one iteration, and a `cond` as its most expensive branch.
     """
     name = eqn.primitive.name
     if name in _FREE.split():
@@ -57,11 +57,11 @@ def total(eqns: Iterable[jex.JaxprEqn]) -> int:
     return sum(map(flops, eqns))
 
 
-def nbytes(atom: jex.Var | jex.Literal) -> int:
-    """What a value takes in memory."""
+def nbytes(atom: Atom) -> int:
+    """The size of a value in bytes."""
     kind = dtype(atom)
     return math.prod(shape(atom)) * kind.itemsize if kind is not None else 0
 
 
-def _size(atoms: Iterable[jex.Var | jex.Literal]) -> int:
+def _size(atoms: Iterable[Atom]) -> int:
     return sum(math.prod(shape(atom)) for atom in atoms)

@@ -1,8 +1,8 @@
-"""A function as a graph of equations: who depends on whom, at which line, at what cost.
+"""A function as a graph of equations, with their dependencies, source lines and costs.
 
-JAX has traced the function already; what is missing is to read the trace. `trace` inlines its
-nested calls and names its inputs as `wrt` names them, so that a question about a parameter ("does
-it reach the loss at all, and through what?") is answered by the equations and not by a guess.
+`trace` inlines the nested calls of JAX's own trace and names the inputs as `wrt` names them. The
+equations then answer questions about a parameter ("does it reach the loss at all, and through
+what?") without a guess.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jaxgrad._jaxpr.dataflow import between, depending, reads, taken
 from jaxgrad._jaxpr.flops import flops
 from jaxgrad._jaxpr.inline import inline
 from jaxgrad._jaxpr.source import whence
-from jaxgrad._tree.flat import Flat, flatten, is_array
+from jaxgrad._tree.flat import Flat, PyTree, flatten, is_array
 from jaxgrad._tree.wrt import Wrt, match
 
 
@@ -26,13 +26,13 @@ class Equation:
     """One primitive operation of a traced function.
 
     Attributes:
-        index: its place in the order of execution.
-        primitive: the JAX primitive, as `dot_general`.
-        inputs: the values it takes: paths of inputs, `%i` for the output of equation i (`%i.j` for
-            its j-th, where it has several), or the literal.
-        outputs: dtype and shape of what it gives.
+        index: its position in the order of execution.
+        primitive: the name of the JAX primitive, such as `dot_general`.
+        inputs: the values that it reads: paths of inputs, `%i` for the output of equation i (`%i.j`
+            for output j of several), or literals.
+        outputs: dtype and shape of each output.
         source: the file, line and function that it comes from.
-        scope: the Flax module or `jax.named_scope` it is in, or "".
+        scope: the Flax module or `jax.named_scope` around it, or "".
         flops: floating point operations.
     """
 
@@ -55,8 +55,8 @@ class Graph:
     """A traced function; made by `jaxgrad.trace`.
 
     Attributes:
-        jaxpr: the equations, nested calls inlined.
-        inputs: the path of each input array: the argument's name, `/`, and the path in it.
+        jaxpr: the program, with nested calls inlined.
+        inputs: the path of each input array: the argument's name, `/`, and the path within it.
         equations: the equations in order.
     """
 
@@ -69,14 +69,14 @@ class Graph:
 
     @property
     def flops(self) -> int:
-        """Floating point operations of the whole function."""
+        """Floating point operations of the function."""
         return sum(e.flops for e in self.equations)
 
     def depends_on(self, output: int | None = None) -> list[str]:
         """Returns the paths of the inputs that the outputs depend on.
 
         Args:
-            output: which output, counted as `jax.tree.leaves` has them; all if None.
+            output: an index into `jax.tree.leaves` of the outputs; all of them if None.
         """
         outs = self.jaxpr.outvars if output is None else [self.jaxpr.outvars[output]]
         needed = taken(between(self.jaxpr, self.jaxpr.invars, outs))
@@ -84,10 +84,10 @@ class Graph:
         return [path for var, path in named if var in needed]
 
     def influences(self, wrt: Wrt) -> list[Equation]:
-        """Returns the equations that depend on some of the inputs.
+        """Returns the equations that depend on the selected inputs.
 
         Args:
-            wrt: which inputs: globs over `inputs`, or a predicate `(path, shape) -> bool`.
+            wrt: globs over `inputs`, or a predicate `(path, spec) -> bool`.
 
         Raises:
             SelectionError: a glob matches no input.
@@ -100,18 +100,18 @@ class Graph:
         return [equation for eqn, equation in pairs if reads(eqn, reached)]
 
 
-def trace(fun: Callable[..., Any], *args: Any) -> Graph:
+def trace(fun: Callable[..., Any], *args: PyTree) -> Graph:
     """Returns the graph of a function: its equations, with source lines, scopes and costs.
 
-    Calls of `jit`, checkpoints and custom derivatives are seen through; a `scan`, `while` or
+    The graph looks through calls of `jit`, checkpoints and custom derivatives; a `scan`, `while` or
     `cond` is one equation.
 
     Args:
         fun: a function that JAX can trace.
-        *args: what to trace it with: trees of arrays or of `jax.ShapeDtypeStruct`.
+        *args: its arguments: trees of arrays or of `jax.ShapeDtypeStruct`.
 
     Returns:
-        The graph. Printed, it lists the equations.
+        The graph. Print it to list the equations.
 
     Example:
         >>> import jax.numpy as jnp, jaxgrad as jg
@@ -131,7 +131,7 @@ def trace(fun: Callable[..., Any], *args: Any) -> Graph:
     flats = [flatten(arg) for arg in args]
     arrays = [[x for x in flat.leaves if is_array(x)] for flat in flats]
 
-    def of_arrays(*arrays):
+    def of_arrays(*arrays: list[jax.Array]) -> Any:
         return fun(*(_filled(f, values) for f, values in zip(flats, arrays, strict=True)))
 
     closed = jax.make_jaxpr(of_arrays)(*arrays)
@@ -177,6 +177,6 @@ def _argument_names(fun: Callable[..., Any], count: int) -> list[str]:
     return [positional[i] if i < len(positional) else str(i) for i in range(count)]
 
 
-def _filled(flat: Flat, arrays: Sequence[Any]) -> Any:
+def _filled(flat: Flat, arrays: Sequence[jax.Array]) -> PyTree:
     values = iter(arrays)
     return flat.treedef.unflatten([next(values) if is_array(x) else x for x in flat.leaves])

@@ -1,8 +1,8 @@
-"""Running a jaxpr equation by equation, with a say in how each one is run.
+"""Runs a jaxpr equation by equation; the caller decides how each one runs.
 
-JAX evaluates a jaxpr whole. What changes one equation of a function (a tap) or looks at the values
-in between (the search for a NaN) reads them off the trace instead, and binds everything else as it
-was written, in its scope and with its source line.
+JAX evaluates a jaxpr in one call. To change one equation of a function (a tap) or to look at the
+values in between (the search for a NaN), run the trace here instead, and bind all other equations
+as they were written, in their scopes and with their source lines.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +10,8 @@ from typing import Any
 
 from jax.extend import core as jex
 from jax.extend import source_info_util
+
+from jaxgrad._jaxpr.source import Atom
 
 Values = Sequence[Any]
 
@@ -25,13 +27,13 @@ def interpret(
     last = {v: i for i, e in enumerate(jaxpr.eqns) for v in e.invars if isinstance(v, jex.Var)}
     kept = {v for v in jaxpr.outvars if isinstance(v, jex.Var)}
 
-    def read(atom: jex.Var | jex.Literal) -> Any:
+    def read(atom: Atom) -> Any:
         return atom.val if isinstance(atom, jex.Literal) else env[atom]
 
     for i, eqn in enumerate(jaxpr.eqns):
         outs = equation(eqn, [read(v) for v in eqn.invars])
         env.update(zip(eqn.outvars, outs, strict=True))
-        # As much memory as the function itself takes, and no more.
+        # Drop each value after its last use, to take no more memory than the function itself.
         for v in {v for v in eqn.invars if isinstance(v, jex.Var)} - kept:
             if last[v] == i:
                 del env[v]

@@ -1,30 +1,32 @@
-"""Where an equation comes from, and what its values are."""
+"""The source of an equation, and the shapes and dtypes of its values."""
 
 import re
-from typing import Any
+from typing import Any, TypeAlias
 
 from jax.extend import core as jex
 from jax.extend import source_info_util
 
-_CELL = re.compile(r"^.*[/\\]ipykernel_\d+[/\\]\d+\.py:")  # a file that is not there
+Atom: TypeAlias = jex.Var | jex.Literal
+
+_CELL = re.compile(r"^.*[/\\]ipykernel_\d+[/\\]\d+\.py:")  # a file that does not exist
 
 
 def whence(eqn: jex.JaxprEqn) -> tuple[str, str]:
-    """The source line and the scope (Flax module, named scope) of an equation."""
+    """The source line of an equation, and its scope (a Flax module or a named scope)."""
     source = _CELL.sub("notebook cell:", source_info_util.summarize(eqn.source_info))
     return source, str(eqn.source_info.name_stack)
 
 
-def aval(atom: jex.Var | jex.Literal) -> Any:
-    """The shape and dtype of a value; JAX's type for it promises neither."""
+def aval(atom: Atom) -> Any:
+    """The abstract value; `Any`, since JAX's type for it has neither a shape nor a dtype."""
     return atom.aval
 
 
-def shape(atom: jex.Var | jex.Literal) -> tuple[Any, ...]:
+def shape(atom: Atom) -> tuple[Any, ...]:
     """The shape of a value; a token, which orders side effects, has none."""
     return getattr(aval(atom), "shape", ())
 
 
-def dtype(atom: jex.Var | jex.Literal) -> Any:
+def dtype(atom: Atom) -> Any:
     """The dtype of a value, None for a token."""
     return getattr(aval(atom), "dtype", None)

@@ -1,38 +1,42 @@
-"""A scan over stacked layers of which the first are frozen, cut into two scans.
+"""Cuts a scan over stacked layers in two, where the first layers are frozen.
 
-Where the layers' parameters are stacked along axis 0 and only the last ones are trained, the
-scan runs over `concatenate([frozen, trained])`. As one equation it would be differentiated
-whole; as two, the first scan has frozen inputs only and can be staged.
+If the layers' parameters are stacked along axis 0 and only the last ones are trained, the scan runs
+over `concatenate([frozen, trained])`. As one equation it would be differentiated over all layers;
+as two, the first scan has frozen inputs only and can be staged.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax import lax
 from jax.extend import core as jex
 from jax.extend.core import primitives
 
+from jaxgrad._jaxpr.source import Atom, dtype, shape
 from jaxgrad._jaxpr.views import Scan
 
 
 class Parts(NamedTuple):
-    """The two scans as a program over the equation's inputs and a few values more."""
+    """The two scans as a program over the equation's inputs and the `extra` values."""
 
     program: jex.ClosedJaxpr
-    extra: list[Any]
+    extra: list[Atom]
 
 
 def split_scan(
     eqn: jex.JaxprEqn, scan: Scan, before: Sequence[jex.JaxprEqn], varying: set[jex.Var]
 ) -> Parts | None:
-    """Cuts a scan where its stacked inputs turn from frozen to trainable, or returns None.
+    """Cuts a scan where its stacked inputs change from frozen to trainable.
 
     Args:
         eqn: the scan.
         scan: its parts.
         before: the equations that come before it.
-        varying: the values that depend on what is trained.
+        varying: the values that depend on the trained parameters.
+
+    Returns:
+        The two scans, or None if there is no such place.
     """
     if scan.reverse:
         return None
@@ -40,20 +44,20 @@ def split_scan(
     if any(v in varying for v in eqn.invars[:fixed] if isinstance(v, jex.Var)):
         return None
     maker = {v: e for e in before for v in e.outvars}
-    stacks: dict[int, tuple[Any, Any]] = {}
+    stacks: dict[int, tuple[Atom, Atom]] = {}
     for i, v in enumerate(eqn.invars[fixed:], fixed):
         if isinstance(v, jex.Var) and v in varying:
             halves = _frozen_then_trained(maker.get(v), varying)
             if halves is None:
                 return None
             stacks[i] = halves
-    where = {first.aval.shape[0] for first, _ in stacks.values()}
+    where = {shape(first)[0] for first, _ in stacks.values()}
     if len(where) != 1:
         return None
     (k,) = where
     order = list(stacks)
 
-    def two_scans(*values):
+    def two_scans(*values: jax.Array) -> list[jax.Array]:
         args, extra = values[: len(eqn.invars)], values[len(eqn.invars) :]
         firsts = dict(zip(order, extra[: len(order)], strict=True))
         rests = dict(zip(order, extra[len(order) :], strict=True))
@@ -70,11 +74,13 @@ def split_scan(
         return [*carry, *(lax.concatenate(both, 0) for both in zip(*ys, strict=True))]
 
     extra = [first for first, _ in stacks.values()] + [rest for _, rest in stacks.values()]
-    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in [*eqn.invars, *extra]]
+    avals = [jax.ShapeDtypeStruct(shape(v), dtype(v)) for v in [*eqn.invars, *extra]]
     return Parts(jax.make_jaxpr(two_scans)(*avals), extra)
 
 
-def _frozen_then_trained(eqn: jex.JaxprEqn | None, varying: set[jex.Var]):
+def _frozen_then_trained(
+    eqn: jex.JaxprEqn | None, varying: set[jex.Var]
+) -> tuple[Atom, Atom] | None:
     if eqn is None or eqn.primitive is not primitives.concatenate_p:
         return None
     if eqn.params["dimension"] != 0 or len(eqn.invars) != 2:

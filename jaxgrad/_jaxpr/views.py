@@ -1,34 +1,38 @@
-"""The one place that knows the form of JAX's equations that have programs inside.
+"""The only module that reads the parameters of JAX's equations with programs inside.
 
-A scan, a branch, a jitted call: each is an equation whose parameters hold programs and say which
-inputs go where. JAX changes the names and the layout of these parameters between releases, so
+A scan, a branch, a jitted call: each is an equation whose parameters hold programs and assign the
+inputs to them. JAX changes the names and the layout of these parameters between releases, so
 nothing else in jaxgrad reads them. `view(eqn)` returns a record in jaxgrad's own words, the same
-for every release, and whatever walks programs (inlining, staging, taps, the search for a NaN)
-dispatches on the record's type. To support a new form, add it to the one function here that reads
+for every release, and all code that walks programs (inlining, staging, taps, the search for a NaN)
+dispatches on the record's type. To support a new form, add it to the function here that reads
 it; to support a new primitive, add a record and a row of `_READERS`.
 
-Programs are handed out *closed*, with the arrays they close over attached; `opened` turns those
-arrays into leading inputs. From jax 0.11 a program and a closed program are one class, whose
-constants get lost when its inputs are replaced. Code that only ever sees closed programs or
-opened ones need not know which release it runs on.
+Views hold *closed* programs, with the arrays that they close over attached; `opened` turns those
+arrays into leading inputs. From jax 0.11 a program and a closed program are one class, which loses
+its constants when its inputs are replaced. Code that only sees closed or opened programs does not
+depend on the release.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 from jax.extend import core as jex
+from jax.typing import ArrayLike
 
 from jaxgrad._jaxpr.source import whence
+
+
+T = TypeVar("T")
 
 
 class ProgramError(RuntimeError):
     """The installed JAX writes an equation in a form that jaxgrad can't read.
 
-    The message names the JAX that is installed, the equation and its source line. Whatever reads a
-    function's trace may raise it: `stage`, `fit`, `audit`, `trace`, `graph`, gradients of taps,
+    The message names the installed JAX, the equation and its source line. Everything that reads a
+    function's trace can raise it: `stage`, `fit`, `audit`, `trace`, `graph`, gradients of taps,
     `find_nonfinite`, `check_grads`.
     """
 
@@ -37,7 +41,7 @@ class ProgramError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class _OneBody:
-    """What has one program inside."""
+    """An equation with one program inside."""
 
     body: jex.ClosedJaxpr
 
@@ -49,7 +53,7 @@ class _OneBody:
 
 @dataclasses.dataclass(frozen=True)
 class Call(_OneBody):
-    """A program that runs once, with the equation's inputs: `jax.jit` and its like."""
+    """A program that runs once, on the equation's inputs: `jax.jit` and similar calls."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +63,11 @@ class CustomRule(Call):
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint(Call):
-    """A call whose values are computed again in the backward pass: `jax.checkpoint`.
+    """A call whose values are recomputed in the backward pass: `jax.checkpoint`.
 
     Attributes:
-        policy: which values are kept all the same, or None.
-        prevent_cse: whether XLA is kept from merging both passes.
+        policy: which values are kept nevertheless, or None.
+        prevent_cse: whether XLA must not merge the two passes.
         differentiated: whether this is the second pass.
     """
 
@@ -74,12 +78,12 @@ class Checkpoint(Call):
     def replace(
         self, eqn: jex.JaxprEqn, body: jex.Jaxpr, outvars: Sequence[jex.Var]
     ) -> jex.JaxprEqn:
-        """The checkpoint of another program, which must be open: its inputs are all there is.
+        """The checkpoint of another program, which must be open: all that it reads are inputs.
 
         Args:
-            eqn: the equation that this is a view of.
+            eqn: the equation of this view.
             body: the program.
-            outvars: what the equation's outputs are called.
+            outvars: the outputs of the new equation.
         """
         params = {**eqn.params, "jaxpr": body}
         return eqn.replace(invars=list(body.invars), outvars=list(outvars), params=params)
@@ -91,11 +95,11 @@ class Scan(_OneBody):
 
     Attributes:
         body: from the constants, the carries and a slice of each stack to carries and slices.
-        consts: how many inputs stay the same in each turn.
-        carries: how many inputs, and outputs, are handed from turn to turn.
-        length: how many turns.
+        consts: the number of inputs that are the same in each iteration.
+        carries: the number of inputs, and of outputs, that one iteration hands to the next.
+        length: the number of iterations.
         reverse: whether the last slices come first.
-        unroll: how many turns are compiled as one.
+        unroll: the number of iterations that are compiled as one.
     """
 
     consts: int
@@ -106,16 +110,16 @@ class Scan(_OneBody):
 
     @property
     def fixed(self) -> int:
-        """How many inputs are not stacks."""
+        """The number of inputs that are not stacks."""
         return self.consts + self.carries
 
-    def parts(self, inputs: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-        """Something for each input, as what belongs to constants, carries and stacks."""
+    def parts(self, inputs: Sequence[T]) -> tuple[list[T], list[T], list[T]]:
+        """Splits a sequence with an item per input into those of constants, carries and stacks."""
         given = list(inputs)
         return given[: self.consts], given[self.consts : self.fixed], given[self.fixed :]
 
     def lengthless(self, eqn: jex.JaxprEqn) -> jex.JaxprEqn:
-        """The equation of this view without its length, to compare it with one of another."""
+        """The equation of this view without its length, to compare scans of different lengths."""
         return eqn.replace(params={**eqn.params, "length": None})
 
     def bind(self, eqn: jex.JaxprEqn, values: Sequence[Any], length: int) -> list[Any]:
@@ -128,10 +132,10 @@ class While:
     """`jax.lax.while_loop`. The inputs are the test's constants, the body's, and the carries.
 
     Attributes:
-        test: from its constants and the carries to whether there is another turn.
+        test: from its constants and the carries to whether there is another iteration.
         body: from its constants and the carries to the carries.
-        test_consts: how many inputs are constants of the test.
-        body_consts: how many inputs are constants of the body.
+        test_consts: the number of inputs that are constants of the test.
+        body_consts: the number of inputs that are constants of the body.
     """
 
     test: jex.ClosedJaxpr
@@ -144,15 +148,15 @@ class While:
         """The programs inside."""
         return (self.test, self.body)
 
-    def parts(self, inputs: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-        """Something for each input, as what belongs to the test, the body and the carries."""
+    def parts(self, inputs: Sequence[T]) -> tuple[list[T], list[T], list[T]]:
+        """Splits a sequence with an item per input into those of test, body and carries."""
         given, fixed = list(inputs), self.test_consts + self.body_consts
         return given[: self.test_consts], given[self.test_consts : fixed], given[fixed:]
 
 
 @dataclasses.dataclass(frozen=True)
 class Cond:
-    """`jax.lax.cond` and `switch`. The first input chooses a branch, the others are its inputs."""
+    """`jax.lax.cond` and `switch`. The first input chooses a branch, which reads the others."""
 
     branches: tuple[jex.ClosedJaxpr, ...]
 
@@ -164,14 +168,14 @@ class Cond:
 
 @dataclasses.dataclass(frozen=True)
 class ShardMap(_OneBody):
-    """`jax.shard_map`: the program runs on each device, on a part of the inputs.
+    """`jax.shard_map`: the program runs on each device, on its part of the inputs.
 
     Attributes:
-        body: what runs on each device.
-        mesh: the sizes of the mesh's axes by name.
-        in_specs: for each input, which axes of the mesh split which of its axes.
+        body: the program that runs on each device.
+        mesh: the sizes of the mesh axes by name.
+        in_specs: for each input, the mesh axes that split each of its axes.
         out_specs: the same for each output.
-        over: the axes of the mesh that the program runs over.
+        over: the mesh axes that the program runs over.
     """
 
     mesh: Mapping[str, int]
@@ -184,10 +188,10 @@ View: TypeAlias = Call | CustomRule | Checkpoint | Scan | While | Cond | ShardMa
 
 
 def view(eqn: jex.JaxprEqn) -> View | None:
-    """The equation in jaxgrad's words, or None where it is no kind that has a program inside.
+    """The equation in jaxgrad's words, or None if its primitive has no program inside.
 
     Raises:
-        ProgramError: the installed JAX lays the equation out in a way that is not known here.
+        ProgramError: the installed JAX writes the equation in an unknown form.
     """
     read = _READERS.get(eqn.primitive.name)
     if read is None:
@@ -204,34 +208,34 @@ def view(eqn: jex.JaxprEqn) -> View | None:
 
 
 def bodies(eqn: jex.JaxprEqn) -> tuple[jex.ClosedJaxpr, ...]:
-    """The programs inside of an equation, also of one that has no view."""
+    """The programs inside an equation, even if it has no view."""
     known = view(eqn)
     return known.bodies if known else tuple(map(closed, jex.jaxprs_in_params(eqn.params)))
 
 
-def inner_consts(jaxpr: jex.Jaxpr) -> Iterator[Any]:
-    """The arrays that the programs inside of a program close over, however deep."""
+def inner_consts(jaxpr: jex.Jaxpr) -> Iterator[ArrayLike]:
+    """The arrays that the programs inside a program close over, at any depth."""
     for eqn in jaxpr.eqns:
         for body in bodies(eqn):
             yield from body.consts
             yield from inner_consts(body.jaxpr)
 
 
-def closed(program: Any) -> jex.ClosedJaxpr:
-    """A program with the arrays that it closes over attached, of which there may be none.
+def closed(program: object) -> jex.ClosedJaxpr:
+    """A closed program: an open one gets an empty list of constants.
 
     Raises:
-        TypeError: this is no program.
+        TypeError: this is not a program.
     """
     if isinstance(program, jex.ClosedJaxpr):
         return program
     if not isinstance(program, jex.Jaxpr):
-        raise TypeError(f"{type(program).__name__} is no program")
+        raise TypeError(f"{type(program).__name__} is not a program")
     return jex.ClosedJaxpr(program, [])
 
 
-def opened(program: jex.ClosedJaxpr) -> tuple[jex.Jaxpr, list[Any]]:
-    """A program whose first inputs are the arrays that it closes over, and these arrays."""
+def opened(program: jex.ClosedJaxpr) -> tuple[jex.Jaxpr, list[ArrayLike]]:
+    """A program that takes the arrays that it closes over as its first inputs, and these arrays."""
     jaxpr, consts = program.jaxpr, list(program.consts)
     return jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars]), consts
 

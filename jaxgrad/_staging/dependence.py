@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
-from jaxgrad._jaxpr.source import shape, whence
+from jaxgrad._jaxpr.source import Atom, shape, whence
 from jaxgrad._jaxpr.views import Call, Cond, Scan, ShardMap, View, While, view
 from jaxgrad._staging.batch_axis import (
     LEFT_OUT,
@@ -110,7 +110,7 @@ class Classes:
     places: dict[jex.Var, Place]
     refusals: dict[Refusal, int]
 
-    def __getitem__(self, atom: jex.Var | jex.Literal) -> Place:
+    def __getitem__(self, atom: Atom) -> Place:
         return Constant() if isinstance(atom, jex.Literal) else self.places[atom]
 
 
