@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Sequence, Sized
 from typing import TypeAlias
 
 import jax

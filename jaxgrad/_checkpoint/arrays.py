@@ -30,7 +30,7 @@ from jaxgrad._disk.atomic import replacing_directory, synced, unfinished
 from jaxgrad._disk.digest import Array, checksum
 from jaxgrad._disk.malformed import MalformedError
 from jaxgrad._disk.mapped import mapped
-from jaxgrad._text import listed, nearest, spec
+from jaxgrad._text import Leaf, listed, nearest, spec
 from jaxgrad._tree.flat import Flat, PyTree, flatten, is_array, is_key
 
 _FILE = "arrays.safetensors"
@@ -276,7 +276,7 @@ def _placed(x: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
 # What fits, and what has a name.
 
 
-def check_fit(path: Path, held: Mapping[str, object], wanted: Mapping[str, object]) -> None:
+def check_fit(path: Path, held: Mapping[str, Leaf], wanted: Mapping[str, Leaf]) -> None:
     """Raises, naming the paths, if arrays of a checkpoint are not those of a tree."""
     problems = []
     for p in wanted.keys() - held.keys():

@@ -171,7 +171,7 @@ class _Value:
         of_params: whether it was computed from parameters and literals alone.
     """
 
-    x: jax.Array
+    x: ArrayLike
     path: str | None = None
     origin: _Origin | None = None
     after: tuple[str, ...] = ()
@@ -189,13 +189,13 @@ def _first_origin(fun: Callable[..., Any], flat: Flat, params: str) -> _Origin |
     return _worst(out.origin for out in map(_value, outs))
 
 
-def _input(x: jax.Array, path: str, params: str) -> _Value:
+def _input(x: ArrayLike, path: str, params: str) -> _Value:
     origin = None if _finite(x) else _Origin(path, _describe(x), None, _has_nan(x))
     of_params = path == params or path.startswith(f"{params}/")
     return _Value(x, path, origin, (path,) if of_params else (), of_params)
 
 
-def _value(x: _Value | jax.Array) -> _Value:
+def _value(x: _Value | ArrayLike) -> _Value:
     return x if isinstance(x, _Value) else _Value(x, of_params=True)  # a literal
 
 
@@ -215,7 +215,7 @@ def _run(
     """Runs equations one by one, and notes the origin of values that are not finite."""
     consts = [_input(x, f"closed over/{i}", params) for i, x in enumerate(program.consts)]
 
-    def equation(eqn: jex.JaxprEqn, read: Sequence[_Value | jax.Array]) -> list[_Value]:
+    def equation(eqn: jex.JaxprEqn, read: Sequence[_Value | ArrayLike]) -> list[_Value]:
         values = [_value(v) for v in read]
         after, of_params = _after(values)
         outs = [_Value(x, None, None, after, of_params) for x in bind(eqn, [v.x for v in values])]
@@ -243,7 +243,7 @@ def _run(
     return [_value(out) for out in interpret(open_program, [*consts, *args], equation)]
 
 
-def _origin(operation: Operation, values: Sequence[_Value], x: jax.Array) -> _Origin:
+def _origin(operation: Operation, values: Sequence[_Value], x: ArrayLike) -> _Origin:
     before, nan = _worst(v.origin for v in values), _has_nan(x)
     if before is None:
         return _Origin(None, operation.output, operation, nan)
@@ -291,7 +291,7 @@ def _scan(
     order = range(scan.length)
 
     def slices(i: int) -> list[_Value]:
-        return [_again(v, v.x[i]) for v in stacks]
+        return [_again(v, jnp.asarray(v.x)[i]) for v in stacks]
 
     origins: dict[int, _Origin] = {}
     run = jax.jit(jex.jaxpr_as_fun(scan.body))
@@ -351,7 +351,7 @@ def _collect(origins: dict[int, _Origin], outs: Sequence[_Value], bad: Sequence[
     return len(origins) == len(bad)
 
 
-def _again(value: _Value, x: jax.Array) -> _Value:
+def _again(value: _Value, x: ArrayLike) -> _Value:
     origin = value.origin if value.origin is not None and not _finite(x) else None
     return dataclasses.replace(value, x=x, origin=origin)
 

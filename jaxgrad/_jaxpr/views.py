@@ -24,7 +24,6 @@ from jax.typing import ArrayLike
 
 from jaxgrad._jaxpr.source import whence
 
-
 T = TypeVar("T")
 
 

@@ -211,7 +211,7 @@ def test_layers_that_run_in_an_order_of_ones_own(tmp_path, capsys):
         (["convert", "{}/nowhere", "{}/x"], "there is no file or checkpoint at '{}/nowhere'."),
         (
             ["finetune", "--from", "{}/pretrained", "--train", "haed/**"],
-            "wrt pattern 'haed/**' matches no leaf. Did you mean 'head/**'",
+            "wrt pattern 'haed/**' matches no leaf. Did you mean 'head'",
         ),
         (["finetune", "--from", "{}/pretrained", "--epochs", "0"], "--epochs 0; it must be 1"),
         (

@@ -36,7 +36,7 @@ def test_a_checkpoint_is_drawn(model, tmp_path, capsys):
     ("argv", "text"),
     [
         (["--out", "g.jpg"], "'g.jpg' ends in '.jpg'; a picture is saved as .svg"),
-        (["--train", "haed/**"], "Did you mean 'head/**'"),
+        (["--train", "haed/**"], "Did you mean 'head'"),
         (["--depth", "-1"], "depth=-1 is negative; pass 0 to draw operations"),
     ],
 )

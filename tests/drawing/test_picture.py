@@ -234,5 +234,5 @@ def test_a_missing_extra_is_named(mlp, monkeypatch):
 
 def test_repr_and_errors(mlp, vit):
     assert repr(mlp) == "<Picture of 21 nodes and 20 edges; .save('graph.svg') writes it>"
-    with pytest.raises(jg.SelectionError, match=r"Did you mean 'head/\*\*'"):
+    with pytest.raises(jg.SelectionError, match="Did you mean 'head'"):
         jg.graph(*vit, wrt="haed/**")

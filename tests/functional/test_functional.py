@@ -243,5 +243,5 @@ def test_what_is_no_flax_model(model, text):
 
 
 def test_a_wrt_that_matches_nothing():
-    with pytest.raises(jg.SelectionError, match="Did you mean 'head/"):
+    with pytest.raises(jg.SelectionError, match="Did you mean 'head'"):
         jg.functional(Net(nnx.Rngs(0)), wrt="haed/**")
