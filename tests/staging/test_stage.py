@@ -362,8 +362,12 @@ def test_predictions(monkeypatch):
 def test_errors_are_for_people():
     loss, params, data, wrt = CASES["MLP, head"]()
     batch = batch_of(data, slice(6))
-    with pytest.raises(jg.SelectionError, match=r"did you mean|Did you mean"):
-        jg.stage(loss, params, batch, "d/**")
+    for pattern, answer in (
+        ("c/bb", r"Did you mean 'c/b'\? The tree's"),
+        ("d/**", "leaf. The tree's"),
+    ):
+        with pytest.raises(jg.SelectionError, match=f"{answer} paths: 'a/b', 'a/w', 'b/b'"):
+            jg.stage(loss, params, batch, pattern)
     with pytest.raises(jg.RowsError, match="'x' has 10 and 'y' has 6"):
         jg.stage(loss, params, {**batch, "x": data["x"]}, wrt)
     with pytest.raises(jg.RowsError, match=r"'scale' is a scalar.*by `vary`"):
