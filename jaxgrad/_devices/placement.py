@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.typing import ArrayLike
 
 from jaxgrad._text import spec
 from jaxgrad._tree.flat import PyTree, flatten, is_array, is_key
@@ -172,7 +173,7 @@ class OnMesh:
                     found[i] = p
         return [PartitionSpec() if p is None else p for p in found]
 
-    def _check(self, pattern: str, p: PartitionSpec, path: str, leaf: Any) -> None:
+    def _check(self, pattern: str, p: PartitionSpec, path: str, leaf: ArrayLike) -> None:
         where = f"the sharding rule '{pattern}': {p} does not fit '{path}', {spec(leaf)}: "
         shape = np.shape(leaf)
         if len(p) > len(shape):
@@ -206,7 +207,7 @@ def placement(mesh: Mesh | None, sharding: Rules, params: PyTree, batch_size: in
     return place
 
 
-def _put(x: Any, sharding: NamedSharding) -> jax.Array:
+def _put(x: ArrayLike, sharding: NamedSharding) -> jax.Array:
     if is_key(x):
         data = _put(jax.random.key_data(x), NamedSharding(sharding.mesh, PartitionSpec()))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))

@@ -7,10 +7,13 @@ processes that went different ways would wait for each other for ever. Alone, a 
 """
 
 import json
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
+
+T = TypeVar("T")
 
 
 def is_first() -> bool:
@@ -40,7 +43,7 @@ def greatest(number: int) -> int:
     return int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
-def from_first(value: Any) -> Any:
+def from_first(value: T) -> T:
     """What the first process has, in all of them; anything that JSON can hold."""
     if not several():
         return value
@@ -52,7 +55,7 @@ def from_first(value: Any) -> Any:
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(text)).tobytes())
 
 
-def of_all(value: Any) -> list[Any]:
+def of_all(value: T) -> list[T]:
     """What each process has, in all of them; anything that JSON can hold."""
     if not several():
         return [value]
@@ -63,7 +66,7 @@ def of_all(value: Any) -> list[Any]:
     return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
 
 
-def whole(x: Any) -> np.ndarray:
+def whole(x: ArrayLike) -> np.ndarray:
     """An array in host memory, gathered where no process has all of it."""
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)

@@ -236,7 +236,9 @@ def _body(
     return outs
 
 
-def _structured(a: View, b: Any, sizes, places, outs) -> Sequence[Place]:
+def _structured(
+    a: View, b: Any, sizes: Sizes, places: Sequence[Place], outs: Sequence[Shape]
+) -> Sequence[Place]:
     """The classes of the outputs of an equation that has programs inside."""
     match a:
         case Call():

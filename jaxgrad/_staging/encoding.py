@@ -1,15 +1,15 @@
 """Features in fewer bits, and how far that moves them."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 ENCODINGS = (None, "bfloat16", "int8")
 
 
-def is_encoded(dtype: Any, encoding: str | None) -> bool:
+def is_encoded(dtype: np.dtype, encoding: str | None) -> bool:
     """Whether values of this dtype are stored in another one."""
     return encoding is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 2
 
@@ -26,7 +26,7 @@ def encode(x: jax.Array, encoding: str | None) -> tuple[jax.Array, ...]:
     return jnp.round(x / scale.astype(x.dtype)).astype(jnp.int8), scale
 
 
-def decode(stored: Iterator[jax.Array], dtype: Any, encoding: str | None) -> jax.Array:
+def decode(stored: Iterator[jax.Array], dtype: np.dtype, encoding: str | None) -> jax.Array:
     """The next value of the dtype that the step wants, from as many arrays as hold it."""
     x = next(stored)
     if not is_encoded(dtype, encoding):

@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,12 @@ from jax.core import Tracer
 from jaxgrad._disk.atomic import replacing
 from jaxgrad._disk.safetensors import raw
 
-Specs = Sequence[jax.ShapeDtypeStruct]
-Compute = Callable[[int], Sequence[Any]]
+Specs: TypeAlias = Sequence[jax.ShapeDtypeStruct]
+Rows: TypeAlias = slice | int | Sequence[int] | np.ndarray | jax.Array
+"""Which rows: a slice, an index, or an array of indices."""
+Value: TypeAlias = "jax.Array | np.ndarray | DiskArray"
+"""One value of all examples, on the device, in host memory or on disk."""
+Compute: TypeAlias = Callable[[int], Sequence[jax.Array]]
 """From the first row of a chunk to the chunk's values."""
 
 BYTES_PER_FILE = 64 * 2**20
@@ -48,7 +52,7 @@ class Features:
     def __len__(self) -> int:
         return len(self.values[0]) if self.values else 0
 
-    def __getitem__(self, rows: Any) -> "Features":
+    def __getitem__(self, rows: Rows) -> "Features":
         return Features(tuple(_take(value, rows) for value in self.values), self.encoding)
 
     def __repr__(self) -> str:
@@ -76,7 +80,7 @@ class Stats:
         return f"{self.nbytes:,} bytes in {self.where}{loss}"
 
 
-def _take(value: Any, rows: Any) -> Any:
+def _take(value: Value, rows: Rows) -> jax.Array:
     if isinstance(value, jax.Array):
         return value[rows]
     if isinstance(rows, Tracer):
@@ -94,7 +98,7 @@ def nbytes(specs: Specs) -> int:
     return sum(math.prod(s.shape) * s.dtype.itemsize for s in specs)
 
 
-def on_device(specs: Specs, starts: Iterable[int], compute: Compute) -> tuple[Any, ...]:
+def on_device(specs: Specs, starts: Iterable[int], compute: Compute) -> tuple[Value, ...]:
     """Fills device arrays in place, chunk by chunk."""
     buffers = [jnp.zeros(s.shape, s.dtype) for s in specs]
     for start in starts:
@@ -110,7 +114,7 @@ def _fill(buffers, chunk, start):
     ]
 
 
-def on_host(specs: Specs, starts: Iterable[int], compute: Compute) -> tuple[Any, ...]:
+def on_host(specs: Specs, starts: Iterable[int], compute: Compute) -> tuple[Value, ...]:
     """Fills NumPy arrays, chunk by chunk."""
     arrays = [np.empty(s.shape, s.dtype) for s in specs]
     for start in starts:
@@ -121,7 +125,7 @@ def on_host(specs: Specs, starts: Iterable[int], compute: Compute) -> tuple[Any,
 
 def on_disk(
     specs: Specs, starts: Sequence[int], rows: int, compute: Compute, folder: Path
-) -> tuple[Any, ...]:
+) -> tuple[Value, ...]:
     """Fills files in a folder, a few chunks each; complete files are kept as they are.
 
     Args:
@@ -202,7 +206,7 @@ class DiskArray:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, rows: Any) -> np.ndarray:
+    def __getitem__(self, rows: Rows) -> np.ndarray:
         index = np.arange(len(self))[rows]
         out = np.empty((*index.shape, *self.shape[1:]), self.dtype)
         files, inside = np.divmod(index, self.layout.per_file)

@@ -4,7 +4,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,8 @@ class Frozen:
     def __init__(
         self,
         split: Split,
-        values: Sequence[Any],
-        dataset: Sequence[Any],
+        values: Sequence[jax.Array | np.ndarray],
+        dataset: Sequence[jax.Array | np.ndarray],
         encoding: str | None,
         sharding: NamedSharding | None = None,
     ) -> None:
@@ -70,13 +70,13 @@ class Frozen:
             self.error += np.asarray(error)
         return stored
 
-    def run(self, chunk: Sequence[Any]) -> tuple[list[jax.Array], jax.Array]:
+    def run(self, chunk: Sequence[jax.Array | np.ndarray]) -> tuple[list[jax.Array], jax.Array]:
         """The arrays to store for some rows, and what encoding them changed."""
         if self.sharding is not None:
             chunk = [_laid(np.asarray(rows), self.sharding) for rows in chunk]
         return self.compute(*self.values, *chunk)
 
-    def chunk(self, start: int) -> list[Any]:
+    def chunk(self, start: int) -> list[jax.Array | np.ndarray]:
         """The rows of the dataset that a chunk takes."""
         return [_rows(leaf, start, self.split.rows) for leaf in self.dataset]
 
@@ -121,7 +121,12 @@ class Frozen:
         return content_name([text, *setup, *((str(i), _plain(x)) for i, x in enumerate(arrays))])
 
 
-def _compute(split: Split, features: Any, encoding: str | None, *inputs: Any):
+def _compute(
+    split: Split,
+    features: Callable[..., Sequence[jax.Array]],
+    encoding: str | None,
+    *inputs: jax.Array,
+) -> tuple[list[jax.Array], jax.Array]:
     """The arrays to store for a chunk, and how far encoding moves them."""
     values = zip(split.computed, features(*inputs), strict=True)
     rows = [split.place(var).rows_first(x) for var, x in values]
@@ -133,12 +138,12 @@ def _compute(split: Split, features: Any, encoding: str | None, *inputs: Any):
     return stored, error
 
 
-def _plain(x: Any) -> Any:
+def _plain(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     """An array as it is, since it may be too large for host memory; a number or a key as one."""
     return host(x) if is_key(x) or not np.ndim(x) else x
 
 
-def _rows(leaf: Any, start: int, rows: int) -> Any:
+def _rows(leaf: jax.Array | np.ndarray, start: int, rows: int) -> jax.Array | np.ndarray:
     if isinstance(leaf, jax.Array):
         return jax.lax.dynamic_slice_in_dim(leaf, start, rows)  # one compilation for all chunks
     return np.asarray(leaf[start : start + rows])

@@ -42,12 +42,12 @@ from jaxgrad._tree.wrt import Wrt
 
 
 def stage(
-    loss: Callable[..., Any],
+    loss: Callable[..., PyTree],
     params: PyTree,
     batch: PyTree,
     wrt: Wrt,
     *,
-    vary: Sequence[Any] = (),
+    vary: Sequence[PyTree] = (),
 ) -> "Staged":
     """Splits a loss into a frozen part, to be run once, and the rest, to be run in each step.
 
@@ -181,7 +181,7 @@ class Staged:
                 ordered += [next(stored) for _ in range(_arrays(var, features_dtype))]
         return Features(tuple(ordered), features_dtype, stats)
 
-    def loss(self, trainable: PyTree, features: Features, *vary: Any) -> Any:
+    def loss(self, trainable: PyTree, features: Features, *vary: PyTree) -> PyTree:
         """The loss of a batch of features: equal to `loss(params, batch, *vary)`.
 
         Works under `jit`, `grad`, `vmap` and `scan`.

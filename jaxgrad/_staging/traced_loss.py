@@ -49,11 +49,11 @@ class Loss:
 
     def __init__(
         self,
-        fun: Callable[..., Any],
+        fun: Callable[..., PyTree],
         params: Flat,
         chosen: Sequence[bool],
         batch: PyTree,
-        vary: Sequence[Any],
+        vary: Sequence[PyTree],
     ) -> None:
         self.fun, self.params = fun, params
         self.trained = [i for i, c in enumerate(chosen) if c and is_array(params.leaves[i])]

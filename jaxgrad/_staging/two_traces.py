@@ -5,10 +5,11 @@ What differs between the traces is what the batch size reaches: a size that scal
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from jax.extend import core as jex
+from jax.typing import ArrayLike
 
 from jaxgrad._jaxpr.source import dtype, shape, whence
 from jaxgrad._staging.batch_axis import Dim, Mixes, Shape
@@ -108,11 +109,11 @@ SIZES = {
 _DERIVATIVES = ("custom_jvp_call", "custom_vjp_call")
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: object, b: object) -> bool:
     return bool(np.all(a == b)) or (a != a and b != b)  # a fill value may be NaN
 
 
-def equal(a: Any, b: Any) -> bool:
+def equal(a: ArrayLike, b: ArrayLike) -> bool:
     """Whether two arrays that traces close over are the same to the bit: keys and NaNs too."""
     if a is b:
         return True
@@ -120,10 +121,10 @@ def equal(a: Any, b: Any) -> bool:
     return (a.dtype, a.shape) == (b.dtype, b.shape) and change(a, b) is None
 
 
-def _is_body(value: Any) -> bool:
+def _is_body(value: object) -> bool:
     bodies = value if isinstance(value, tuple | list) and value else (value,)
     return all(isinstance(v, jex.Jaxpr | jex.ClosedJaxpr) for v in bodies)
 
 
-def _inexact(value: Any) -> bool:
+def _inexact(value: ArrayLike) -> bool:
     return np.issubdtype(np.asarray(value).dtype, np.inexact)

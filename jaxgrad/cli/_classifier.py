@@ -13,7 +13,8 @@ import optax
 import jaxgrad as jg
 from jaxgrad import data
 from jaxgrad._checkpoint.arrays import nest
-from jaxgrad._tree.flat import flatten
+from jaxgrad._checkpoint.record import Json
+from jaxgrad._tree.flat import PyTree, flatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Classifier:
     """
 
     apply: jg.Apply
-    params: Any
+    params: PyTree
     config: Mapping[str, Any]
     shape: tuple[int, ...]
 
@@ -91,7 +92,7 @@ class Classifier:
         return cls.from_torch(source, info.config["forward"])
 
     def save(
-        self, path: Path, params: Any, trained: Sequence[str], *, overwrite: bool, **record: Any
+        self, path: Path, params: PyTree, trained: Sequence[str], *, overwrite: bool, **record: Json
     ) -> None:
         """Saves parameters and statistics, and what `load` needs."""
         tree = _joined(params, self.apply.stats)
@@ -99,20 +100,20 @@ class Classifier:
         moved = (lambda p, _: p in trained) if trained else None
         jg.save(path, tree, trained=moved, config=config, overwrite=overwrite)
 
-    def logits(self, params: Any, images: Any) -> jax.Array:
+    def logits(self, params: PyTree, images: jax.Array | np.ndarray) -> jax.Array:
         """The outputs for images of any layout that has the right number of pixels."""
         return self.apply(params, images.reshape(-1, *self.shape))
 
-    def loss(self, params: Any, batch: data.Dataset) -> jax.Array:
+    def loss(self, params: PyTree, batch: data.Dataset) -> jax.Array:
         """Mean cross entropy."""
         logits = self.logits(params, batch["image"])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
-    def predict(self, params: Any, images: np.ndarray) -> np.ndarray:
+    def predict(self, params: PyTree, images: np.ndarray) -> np.ndarray:
         """Probabilities, `float32[rows, classes]`."""
         return np.asarray(jax.nn.softmax(jax.jit(self.logits)(params, jnp.asarray(images))))
 
-    def accuracy(self, params: Any, rows: data.Dataset) -> float:
+    def accuracy(self, params: PyTree, rows: data.Dataset) -> float:
         """The share of rows whose likeliest class is their label."""
         return float((self.predict(params, rows["image"]).argmax(1) == rows["label"]).mean())
 
@@ -126,7 +127,7 @@ class Classifier:
             )
 
 
-def _joined(params: Any, stats: Any) -> dict[str, Any]:
+def _joined(params: PyTree, stats: PyTree) -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for flat in map(flatten, (params, stats)):
         leaves |= dict(zip(flat.paths, flat.leaves, strict=True))
@@ -152,7 +153,7 @@ def _steps(source: "jg.torch.Checkpoint", forward: Sequence[str]) -> list[Any]:
     return steps
 
 
-def _image_shape(apply: jg.Apply, params: Any) -> tuple[tuple[int, ...], int]:
+def _image_shape(apply: jg.Apply, params: PyTree) -> tuple[tuple[int, ...], int]:
     """The layout of a 28 x 28 image that the model takes, and how many classes it tells apart."""
     for shape in ((784,), (28, 28, 1), (28, 28)):
         image = jax.ShapeDtypeStruct((2, *shape), jnp.float32)

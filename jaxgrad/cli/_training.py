@@ -12,6 +12,7 @@ import tyro
 import jaxgrad as jg
 from jaxgrad import callbacks, data
 from jaxgrad._devices.processes import is_first
+from jaxgrad._tree.flat import PyTree
 from jaxgrad.cli._classifier import Classifier
 from jaxgrad.cli._distributed import Distributed
 
@@ -83,7 +84,7 @@ class Training(Distributed):
         chosen: list[Any] = []
         if self.patience is not None or self.log or self.tensorboard or self.plot:
 
-            def metrics(params: Any, batch: data.Dataset) -> dict[str, jax.Array]:
+            def metrics(params: PyTree, batch: data.Dataset) -> dict[str, jax.Array]:
                 logits = model.logits(params, batch["image"])
                 return {
                     "loss": model.loss(params, batch),
