@@ -1,14 +1,13 @@
 """Which axis of an equation's output counts the examples, given which axis of its inputs does.
 
 A value is kept once per example only if its row i is computed from row i of the batch alone.
-That its shape has the batch size in it proves nothing: `x - x.mean(0)`, `cumsum` along the
-batch and `x @ x.T @ x` keep the shape and mix the examples. So the axis is *followed*: each
-primitive has a rule that says where the axis goes, or raises `Mixes`. A primitive without a
-rule is not staged, so what is unknown is safe. Those that JAX has and that are left without one on
-purpose are in `LEFT_OUT`.
+A batch size in its shape proves nothing: `x - x.mean(0)`, `cumsum` along the batch and
+`x @ x.T @ x` keep the shape and mix the examples. So the axis is *followed*: the rule of each
+primitive returns where the axis goes, or raises `Mixes`. A primitive without a rule is not staged,
+so an unknown one is safe. `LEFT_OUT` lists JAX's primitives that have no rule on purpose.
 
-Sizes are concrete or, where they scale with the batch, `Dim(k)`: k entries per example, those of
-one example next to each other (`[b, t, d]` reshaped to `[b * t, d]` has `Dim(t)` in front).
+Sizes are concrete or, if they scale with the batch, `Dim(k)`: k entries per example, those of one
+example next to each other (`[b, t, d]` reshaped to `[b * t, d]` has `Dim(t)` in front).
 """
 
 import dataclasses
@@ -18,12 +17,12 @@ from typing import Any
 
 
 class Mixes(Exception):  # noqa: N818
-    """An output row would depend on other rows of the batch, or nothing proves that it does not."""
+    """An output row may depend on other rows of the batch."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Dim:
-    """A size of `inner` times the batch size."""
+    """A size that is `inner` times the batch size."""
 
     inner: int = 1
 
@@ -37,7 +36,7 @@ class Step:
 
     Attributes:
         params: the primitive's parameters.
-        axes: for each input the axis that counts the examples; None for a constant.
+        axes: the axis of each input that counts the examples; None for a constant.
         ins: the shapes of the inputs.
         outs: the shapes of the outputs.
     """
@@ -101,7 +100,7 @@ def _transpose(step: Step) -> int:
 
 
 def _dropping(name: str, what: str) -> Callable[[Step], int]:
-    """Axes that disappear, of which the batch must not be one."""
+    """A rule for a primitive that drops axes: the batch axis must stay."""
 
     def rule(step: Step) -> int:
         axis, dropped = step.axis, _named(step, name)
@@ -113,7 +112,7 @@ def _dropping(name: str, what: str) -> Callable[[Step], int]:
 
 
 def _along(name: str, what: str) -> Callable[[Step], int]:
-    """Work along one axis or several, of which the batch must not be one."""
+    """A rule for a primitive that works along some axes: the batch axis must not be among them."""
 
     def rule(step: Step) -> int:
         if step.axis in _named(step, name):
@@ -124,14 +123,14 @@ def _along(name: str, what: str) -> Callable[[Step], int]:
 
 
 def _named(step: Step, name: str) -> list[int]:
-    """The axes of the first input that a parameter names: one, or several."""
+    """The axes of the first input that a parameter names."""
     axes = step.params[name]
     axes = axes if isinstance(axes, tuple | list) else (axes,)
     return [d % len(step.ins[0]) for d in axes]
 
 
 def _stack(step: Step) -> int:
-    """All inputs have one shape, so that each has the examples, and along the same axis."""
+    """All inputs have the same shape, so each has the examples, along the same axis."""
     return step.axis + (step.params["axis"] <= step.axis)
 
 
@@ -142,7 +141,7 @@ def _tile(step: Step) -> int:
 
 
 def _trailing(count: int | str) -> Callable[[Step], int]:
-    """Work on the last axes; those before them are independent problems."""
+    """A rule for a primitive that works on the last axes; those before them are a batch."""
 
     def rule(step: Step) -> int:
         last = count if isinstance(count, int) else len(step.params[count])
@@ -196,7 +195,7 @@ def _reduce_window(step: Step) -> int:
 
 
 def _whole(step: Step) -> int:
-    """Takes a part of an array that must hold the batch axis whole, in its order."""
+    """Takes a part of an array that must keep the complete batch axis, in order."""
     axis = step.axis
     starts, strides = step.params.get("start_indices"), step.params.get("strides")
     if (
@@ -314,12 +313,12 @@ reduce_scatter_done reduce_scatter_start unreduced_pmax unreduced_pmin unreduced
 unreduced_psum_start unreduced_reduce_scatter unreduced_reduce_scatter_start
 """
 
-# Refused for constants too: their result depends on which devices there are, or is another in each
-# run without an effect that says so.
+# Refused for constants too: their result depends on the devices, or differs from run to run without
+# an effect that shows it.
 NEVER_CONSTANT = frozenset([*_COLLECTIVES.split(), "rng_uniform"])
 
 _REASONS = {
-    # What a rule could follow, and none does yet.
+    # A rule could follow these, but none does yet.
     "writes at indices, which may lie in other examples": """
         scatter scatter-add scatter-max scatter-min scatter-mul scatter-sub
     """,
@@ -349,7 +348,7 @@ _REASONS = {
     "stands for an operation that JAX spells out only when it compiles it": """
         call_hi_primitive call_hi_primitive_linearized
     """,
-    # What can't be looked into.
+    # Opaque: their code can't be read.
     "calls a Python function, which may do anything with the batch": """
         buffer_callback debug_callback debug_print inspect_sharding io_callback pure_callback
     """,
@@ -363,7 +362,7 @@ _REASONS = {
         dot_product_attention_fwd dot_product_attention_fwd_wrapper pallas_call scaled_matmul
         scaled_matmul_wrapper
     """,
-    # Randomness: which numbers an example gets depends on its place in the batch.
+    # Randomness: what an example draws depends on its position in the batch.
     "draws random numbers for the whole batch at once": """
         philox2x32 philox4x32 random_bits random_gamma rng_bit_generator rng_uniform threefry2x32
         threefry4x32
@@ -379,7 +378,7 @@ _REASONS = {
     "checks the whole batch at once": "check",
     # Devices.
     "depends on the devices that the examples are on": _COLLECTIVES,
-    # No example reaches these: they have no inputs, or stand in no finished program.
+    # No example reaches these: they have no inputs, or never occur in a finished program.
     "makes a value from no inputs": """
         after_all create_token dim_as_value empty empty2 iota iota_2x32_shape platform_index
     """,
@@ -389,9 +388,9 @@ _REASONS = {
     """,
 }
 
-# What has no rule, and why; in a refusal this comes after the primitive and its source line. The
-# names are of all JAX versions that jaxgrad supports; `test_primitives.py` compares them with those
-# of the JAX that is installed.
+# Primitives without a rule, and the reason; a refusal prints it after the primitive and its source
+# line. The names cover all JAX versions that jaxgrad supports; `test_primitives.py` compares them
+# with those of the installed JAX.
 LEFT_OUT: dict[str, str] = {
     name: reason for reason, names in _REASONS.items() for name in names.split()
 }

@@ -1,14 +1,14 @@
 """What each value of a traced loss depends on: parameters, one example, or more than that.
 
-The loss is traced at two batch sizes. The two jaxprs have the same equations; a size that
-differs between them scales with the batch, and a literal or parameter that differs is the batch
-size itself, at work in the computation. Two concrete sizes are used rather than a symbolic one
+The loss is traced at two batch sizes. The two jaxprs have the same equations: a size that
+differs between them scales with the batch, and a literal or parameter that differs means that the
+computation uses the batch size itself. Two concrete sizes are used rather than a symbolic one
 (`jax.export.symbolic_shape`) since every function accepts them, and since the loss is traced
-anew for each size it is called with anyway: each such trace is compared with the first, so a
-function that computes something else at some size is found out where it matters.
+anew for each size it is called with anyway. Each such trace is compared with the first, so a
+function that computes something else at some size is caught when that size is used.
 
-Shapes only say where the batch *may* be. That a value is per example is proven equation by
-equation (`batch_axis.py`).
+Shapes only show where the batch *may* be. `batch_axis.py` proves equation by equation that a value
+is per example.
 """
 
 import dataclasses
@@ -79,8 +79,8 @@ class Refusal:
     Attributes:
         reason: what it does.
         primitive: the JAX primitive.
-        source: the file and line that it comes from.
-        scope: the Flax module or `jax.named_scope`, where there is one.
+        source: its file and line.
+        scope: the Flax module or `jax.named_scope`, if there is one.
     """
 
     reason: str
@@ -95,7 +95,7 @@ class Refusal:
 
 @dataclasses.dataclass(frozen=True)
 class Varying:
-    """Changes from step to step, or stands behind an equation that was refused."""
+    """Changes from step to step, or depends on an equation that was refused."""
 
     because: Refusal | None = None
 
@@ -120,7 +120,7 @@ def classify(
     sizes: Sizes,
     inputs: Sequence[Place],
 ) -> Classes:
-    """Says for each value of `first` what it depends on.
+    """Finds what each value of `first` depends on.
 
     Args:
         first: the function traced at the first batch size.
@@ -138,7 +138,7 @@ def classify(
         places = [classes[v] for v in pair[0].invars]
         blocked = [p for p in places if isinstance(p, Varying)]
         if blocked:
-            # What a step changes is varying for good; what was refused is so for a reason.
+            # A value that a step changes varies for good; one behind a refusal has a reason.
             mine = min(blocked, key=lambda p: p.because is not None)
             outs: Sequence[Place] = [mine] * len(pair[0].outvars)
         else:
@@ -163,14 +163,14 @@ def _outputs(
     axes = [p.axis if isinstance(p, PerExample) else None for p in places]
     ours, theirs = view(a), view(b)
     if any(axis is not None for axis in axes) and ours is None and name not in RULES:
-        raise Mixes(LEFT_OUT.get(name, "has no known way to treat the rows of a batch"))
+        raise Mixes(LEFT_OUT.get(name, "has no rule for the rows of a batch"))
     params = dict(a.params)
     for size in SIZES.get(name, ()):
         params[size] = unify(a.params[size], b.params[size], sizes)
     scan_over_batch = (
         isinstance(ours, Scan) and isinstance(theirs, Scan) and ours.length != theirs.length
     )
-    # A scan over the batch has the batch size as its length, as it should.
+    # The length of a scan over the batch is rightly the batch size.
     one, other = (
         v.lengthless(e) if isinstance(v, Scan) else e for e, v in ((a, ours), (b, theirs))
     )
@@ -192,7 +192,7 @@ def _outputs(
 def _made_for_batch(
     eqn: jex.JaxprEqn, params: Mapping[str, Any], outs: Sequence[Shape]
 ) -> Sequence[Place]:
-    """A constant that is repeated for each example is per example; a numbering is not."""
+    """A constant repeated for each example is per example; a numbering of the examples is not."""
     if not outs:
         return []
     (first, *others) = outs
@@ -221,7 +221,7 @@ def _places(axes: Sequence[int | None], outs: Sequence[Shape]) -> list[Place]:
 def _body(
     first: jex.ClosedJaxpr, second: jex.ClosedJaxpr, sizes: Sizes, inputs: Sequence[Place]
 ) -> Sequence[Place]:
-    """The classes of a body's outputs; what is refused inside is refused as a whole."""
+    """The classes of a body's outputs; a refusal inside refuses the complete body."""
     a, b = first.jaxpr, second.jaxpr
     if not all(map(equal, first.consts, second.consts)):
         raise Mixes("closes over an array that depends on the size of the batch")
@@ -239,7 +239,7 @@ def _body(
 def _structured(
     a: View, b: Any, sizes: Sizes, places: Sequence[Place], outs: Sequence[Shape]
 ) -> Sequence[Place]:
-    """The classes of the outputs of an equation that has programs inside."""
+    """The classes of the outputs of an equation with a body; `b` has the class of `a`."""
     match a:
         case Call():
             return _body(a.body, b.body, sizes, places)
@@ -254,11 +254,11 @@ def _structured(
 
 
 def _settle(
-    turn: Callable[[Sequence[Place]], Sequence[Place]], carry: Sequence[Place]
+    body: Callable[[Sequence[Place]], Sequence[Place]], carry: Sequence[Place]
 ) -> tuple[Sequence[Place], Sequence[Place]]:
-    """Runs a loop's body until the classes of what it carries stay the same."""
+    """Runs a loop's body until the classes of its carry stay the same."""
     while True:
-        outs = turn(carry)
+        outs = body(carry)
         new = [_join(a, b) for a, b in zip(carry, outs, strict=False)]
         if new == list(carry):
             return carry, outs
@@ -278,10 +278,10 @@ def _scan(a: Scan, b: Scan, sizes, places, outs):
         raise Mixes("steps through the examples")
     xs = [_unstacked(p, over_batch) for p in stacks]
 
-    def turn(carry):
+    def body(carry):
         return _body(a.body, b.body, sizes, [*consts, *carry, *xs])
 
-    carry, inside = _settle(turn, carries)
+    carry, inside = _settle(body, carries)
     if over_batch:
         return _places([0] * len(outs), outs)
     stacked = [
@@ -302,10 +302,10 @@ def _unstacked(place: Place, over_batch: bool) -> Place:
 def _while(a: While, b: While, sizes, places):
     of_test, of_body, carries = a.parts(places)
 
-    def turn(carry):
+    def body(carry):
         return _body(a.body, b.body, sizes, [*of_body, *carry])
 
-    carry, _ = _settle(turn, carries)
+    carry, _ = _settle(body, carries)
     _body(a.test, b.test, sizes, [*of_test, *carry])
     return carry
 
@@ -333,11 +333,11 @@ def _shard_map(a: ShardMap, b: ShardMap, sizes, places):
         raise Mixes("splits an example over devices")
     local = (sizes[0] // parts, sizes[1] // parts)
     if any(across & _split_by(spec) for p, spec in given if isinstance(p, Constant)):
-        raise Mixes("has other parameters on the devices of other examples")
+        raise Mixes("has different parameters on the devices of different examples")
     inside = _body(a.body, b.body, local, places)
     for place, spec in zip(inside, a.out_specs, strict=True):
         if isinstance(place, PerExample) and _split_by(spec[place.axis :][:1]) != across:
-            raise Mixes("joins the examples along another axis of the mesh than it split them")
+            raise Mixes("joins the examples along a different mesh axis than it split them")
     return inside
 
 

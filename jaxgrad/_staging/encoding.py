@@ -1,4 +1,4 @@
-"""Features in fewer bits, and how far that moves them."""
+"""Stores features in fewer bits, and measures the error."""
 
 from collections.abc import Iterator
 
@@ -10,12 +10,12 @@ ENCODINGS = (None, "bfloat16", "int8")
 
 
 def is_encoded(dtype: np.dtype, encoding: str | None) -> bool:
-    """Whether values of this dtype are stored in another one."""
+    """Whether values of this dtype are stored in another dtype."""
     return encoding is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 2
 
 
 def encode(x: jax.Array, encoding: str | None) -> tuple[jax.Array, ...]:
-    """The arrays to store for some rows: with "int8", each row in steps of its largest / 127."""
+    """The arrays to store for some rows. "int8" scales each row by its largest magnitude / 127."""
     if not is_encoded(x.dtype, encoding):
         return (x,)
     if encoding == "bfloat16":
@@ -27,7 +27,7 @@ def encode(x: jax.Array, encoding: str | None) -> tuple[jax.Array, ...]:
 
 
 def decode(stored: Iterator[jax.Array], dtype: np.dtype, encoding: str | None) -> jax.Array:
-    """The next value of the dtype that the step wants, from as many arrays as hold it."""
+    """Takes the next value from the stored arrays, in the dtype that the step needs."""
     x = next(stored)
     if not is_encoded(dtype, encoding):
         return x
@@ -37,7 +37,7 @@ def decode(stored: Iterator[jax.Array], dtype: np.dtype, encoding: str | None) -
 
 
 def squares(x: jax.Array, encoding: str | None) -> tuple[jax.Array, jax.Array]:
-    """The sums of squares of what encoding changes and of the values themselves."""
+    """The sums of squares of the encoding error and of the values."""
     y = decode(iter(encode(x, encoding)), x.dtype, encoding)
     change, values = (a.astype(jnp.float32) for a in (y - x, x))
     return jnp.sum(change**2), jnp.sum(values**2)

@@ -1,9 +1,9 @@
-"""What the frozen part hands to the step, one row per example, wherever it is kept.
+"""Features: what the frozen part hands to the step, one row per example.
 
-On the device, in host memory or on disk, features are indexed alike: `features[rows]` gives
-arrays on the device. On disk they lie in files of some megabytes, each written under another name
-and renamed when it is complete: a preparation that was killed goes on where it stopped, and
-no torn file is ever read.
+Features on the device, in host memory and on disk are indexed alike: `features[rows]` returns
+arrays on the device. On disk they are files of some megabytes, each written under a temporary name
+and renamed when complete: a killed preparation continues where it stopped, and an incomplete file
+is never read.
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ from jaxgrad._disk.safetensors import raw
 
 Specs: TypeAlias = Sequence[jax.ShapeDtypeStruct]
 Rows: TypeAlias = slice | int | Sequence[int] | np.ndarray | jax.Array
-"""Which rows: a slice, an index, or an array of indices."""
+"""A slice, an index, or an array of indices."""
 Value: TypeAlias = "jax.Array | np.ndarray | DiskArray"
 """One value of all examples, on the device, in host memory or on disk."""
 Compute: TypeAlias = Callable[[int], Sequence[jax.Array]]
-"""From the first row of a chunk to the chunk's values."""
+"""Maps the first row of a chunk to the chunk's values."""
 
 BYTES_PER_FILE = 64 * 2**20
 
@@ -37,12 +37,12 @@ BYTES_PER_FILE = 64 * 2**20
 )
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """The features of a dataset or of a batch: `features[rows]` are those of some rows.
+    """The features of a dataset or a batch; `features[rows]` selects rows.
 
     Attributes:
         values: arrays whose leading axis counts the examples.
-        encoding: how floating point features are stored: None (as they are), "bfloat16", "int8".
-        stats: where the features of a dataset are, and their size; None for those of a batch.
+        encoding: how floating point features are stored: None (unchanged), "bfloat16", "int8".
+        stats: the location and size of a dataset's features; None for a batch.
     """
 
     values: tuple[Any, ...]
@@ -62,13 +62,13 @@ class Features:
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """About prepared features.
+    """Statistics of prepared features.
 
     Attributes:
         where: "device", "host" or the folder.
-        nbytes: what the computed features take there, in bytes.
-        error: what storing in fewer bits changed: the root mean square of the change over that
-            of the features; 0 where they are stored as they are.
+        nbytes: the size of the computed features in bytes.
+        error: the relative error of the encoding: the root mean square of the change over that of
+            the features; 0 without an encoding.
     """
 
     where: str
@@ -94,7 +94,7 @@ def _take(value: Value, rows: Rows) -> jax.Array:
 
 
 def nbytes(specs: Specs) -> int:
-    """What arrays of these shapes take."""
+    """The size in bytes of arrays of these shapes."""
     return sum(math.prod(s.shape) * s.dtype.itemsize for s in specs)
 
 
@@ -126,14 +126,14 @@ def on_host(specs: Specs, starts: Iterable[int], compute: Compute) -> tuple[Valu
 def on_disk(
     specs: Specs, starts: Sequence[int], rows: int, compute: Compute, folder: Path
 ) -> tuple[Value, ...]:
-    """Fills files in a folder, a few chunks each; complete files are kept as they are.
+    """Fills files in a folder, a few chunks each; keeps complete files.
 
     Args:
         specs: shape and dtype of each value over all examples.
         starts: first rows of the chunks; the last chunk may overlap the one before it.
         rows: rows per chunk.
-        compute: from a first row to a chunk's values.
-        folder: the folder for the files, and for nothing else.
+        compute: maps the first row of a chunk to the chunk's values.
+        folder: the folder, used for these files alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
     total = specs[0].shape[0]
@@ -159,7 +159,7 @@ def on_disk(
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which rows are in which file."""
+    """Maps rows to files."""
 
     folder: Path
     total: int
@@ -175,13 +175,13 @@ class Layout:
         return file * self.per_file, min((file + 1) * self.per_file, self.total)
 
     def complete(self, file: int) -> bool:
-        """Whether a file exists with all its rows."""
+        """Whether a file exists and has all its rows."""
         begin, end = self.rows(file)
         path = self.path(file)
         return path.exists() and path.stat().st_size == (end - begin) * self.bytes_per_row
 
     def write(self, file: int, arrays: Sequence[np.ndarray]) -> None:
-        """Writes a file, complete or not at all."""
+        """Writes a file atomically."""
         with replacing(self.path(file)) as f:
             for array in arrays:
                 f.write(raw(array))
@@ -189,12 +189,12 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class DiskArray:
-    """One value of all examples; in each file it follows the values before it.
+    """One value of all examples; in each file its rows follow those of the values before it.
 
     Attributes:
-        layout: which rows are in which file.
+        layout: maps rows to files.
         shape: the shape over all examples.
-        dtype: the dtype as stored.
+        dtype: the stored dtype.
         offset: bytes per row of the values before it.
     """
 

@@ -1,4 +1,4 @@
-"""Running the frozen part over a dataset: in chunks, checked, and never twice."""
+"""Runs the frozen part over a dataset: in chunks, checked, and only once."""
 
 import functools
 import os
@@ -28,7 +28,7 @@ from jaxgrad._tree.flat import is_key
 
 
 class StageError(ValueError):
-    """A loss, a dataset or features that staging can't work with; the message says why."""
+    """A loss, dataset or features that staging can't handle; the message gives the reason."""
 
     __module__ = "jaxgrad"
 
@@ -41,7 +41,7 @@ class Frozen:
         values: the values of its frozen inputs.
         dataset: the parts of the dataset, as the batch has them.
         encoding: how to store floating point features.
-        sharding: how the rows of a chunk lie on the mesh that the values are on.
+        sharding: how to lay out the rows of a chunk on the mesh of the values.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Frozen:
         self.encoding = encoding
         self.error = np.zeros(2)
         self.sharding = sharding
-        # Each process of several needs all features: any row may be in its part of a later step.
+        # Each process needs all features: any row may be in its part of a later step.
         everywhere = sharding and NamedSharding(sharding.mesh, PartitionSpec())
         features = jex.jaxpr_as_fun(jex.ClosedJaxpr(self.jaxpr, []))
         compute = functools.partial(_compute, split, features, encoding)
@@ -66,12 +66,12 @@ class Frozen:
     def __call__(self, start: int) -> list[jax.Array]:
         """The arrays to store for the chunk that starts at this row."""
         stored, error = self.run(self.chunk(start))
-        if self.encoding:  # to read it is to wait for it
+        if self.encoding:  # reading the error waits for it
             self.error += np.asarray(error)
         return stored
 
     def run(self, chunk: Sequence[jax.Array | np.ndarray]) -> tuple[list[jax.Array], jax.Array]:
-        """The arrays to store for some rows, and what encoding them changed."""
+        """The arrays to store for some rows, and the error of encoding them."""
         if self.sharding is not None:
             chunk = [_laid(np.asarray(rows), self.sharding) for rows in chunk]
         return self.compute(*self.values, *chunk)
@@ -81,13 +81,13 @@ class Frozen:
         return [_rows(leaf, start, self.split.rows) for leaf in self.dataset]
 
     def specs(self, total: int) -> list[jax.ShapeDtypeStruct]:
-        """What the features of the whole dataset will be."""
+        """The shapes and dtypes of the features of the complete dataset."""
         avals = [jax.ShapeDtypeStruct(aval(v).shape, aval(v).dtype) for v in self.jaxpr.invars]
         stored, _ = jax.eval_shape(self.compute, *avals)
         return [jax.ShapeDtypeStruct((total, *s.shape[1:]), s.dtype) for s in stored]
 
     def confirm(self) -> None:
-        """Runs the first chunk's last rows at other places, among other rows.
+        """Runs the first chunk's last rows again, at other positions among other rows.
 
         Raises:
             StageError: a row came out differently.
@@ -104,19 +104,19 @@ class Frozen:
             if not _close(a[-half:], b[:half], is_encoded(dtype, self.encoding)):
                 eqn = next(e for e in self.split.program.jaxpr.eqns if var in e.outvars)
                 raise StageError(
-                    f"the frozen value {var.aval} from {eqn.primitive.name} at {whence(eqn)[0]} is "
-                    "another one when the same example stands among other examples, so it can't "
-                    "be computed once per example. Does a custom operation mix the batch?"
+                    f"the frozen value {var.aval} from {eqn.primitive.name} at {whence(eqn)[0]} "
+                    "changes when the same example stands among other examples, so it can't be "
+                    "computed once per example. Does a custom operation mix the batch?"
                 )
 
     def key(self) -> str:
-        """A hash of all that the features depend on."""
+        """A hash of everything that the features depend on."""
         text = re.sub(r"0x[0-9a-f]+", "", str(self.jaxpr))  # addresses of functions
         setup = [jax.__version__, version("jaxlib"), jax.default_backend()]
         setup += [str(self.encoding), str(self.split.rows)]
         used = taken(self.jaxpr)
         inputs = zip(self.jaxpr.invars, [*self.values, *self.dataset], strict=True)
-        # As text, a program shows the arrays that programs inside of it close over in part only.
+        # The text of a program abbreviates the arrays that its inner programs close over.
         arrays = [*(x for v, x in inputs if v in used), *inner_consts(self.jaxpr)]
         return content_name([text, *setup, *((str(i), _plain(x)) for i, x in enumerate(arrays))])
 
@@ -127,7 +127,7 @@ def _compute(
     encoding: str | None,
     *inputs: jax.Array,
 ) -> tuple[list[jax.Array], jax.Array]:
-    """The arrays to store for a chunk, and how far encoding moves them."""
+    """The arrays to store for a chunk, and the error of encoding them."""
     values = zip(split.computed, features(*inputs), strict=True)
     rows = [split.place(var).rows_first(x) for var, x in values]
     stored = [array for x in rows for array in encode(x, encoding)]
@@ -139,7 +139,7 @@ def _compute(
 
 
 def _plain(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-    """An array as it is, since it may be too large for host memory; a number or a key as one."""
+    """Turns a number or a key into an array; an array stays, since host memory may be too small."""
     return host(x) if is_key(x) or not np.ndim(x) else x
 
 
@@ -155,9 +155,9 @@ def _laid(rows: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 def _close(a: np.ndarray, b: np.ndarray, encoded: bool) -> bool:
     if not jnp.issubdtype(a.dtype, jnp.inexact):
-        # Rounding decides ties: a sign or an argmax may flip where two numbers are all but equal.
+        # Rounding decides ties: a sign or an argmax may flip if two numbers are nearly equal.
         return np.mean(a != b) <= 0.01
-    # An int8 step is up to 1/127 of the largest number, whichever way a tie is rounded.
+    # An int8 step is up to 1/127 of the largest magnitude, whichever way a tie is rounded.
     tolerance = 0.02 if encoded else 10 * float(jnp.finfo(a.dtype).eps) ** 0.5
     a, b = (np.asarray(x, np.complex128 if np.iscomplexobj(a) else np.float64) for x in (a, b))
     finite = np.isfinite(a) & np.isfinite(b)
@@ -170,7 +170,7 @@ def _close(a: np.ndarray, b: np.ndarray, encoded: bool) -> bool:
 def prepare(
     frozen: Frozen, total: int, where: str | os.PathLike[str], budget: int | None, progress: bool
 ) -> tuple[tuple[Any, ...], _features.Stats]:
-    """Runs the frozen part over all rows; returns what it stored, and about it."""
+    """Runs the frozen part over all rows; returns the stored arrays and their statistics."""
     specs = frozen.specs(total)
     if not specs:
         return (), _features.Stats(str(where), 0, 0.0)
@@ -199,19 +199,19 @@ def prepare(
 
 
 def place_for(where: str | os.PathLike[str], need: int, budget: int | None) -> str:
-    """Where so many bytes go: "device", "host" or a folder."""
+    """Where features of this size go: "device", "host" or a folder."""
     if where not in ("auto", "device", "host"):
         return os.fspath(where)
     on_cpu = jax.default_backend() == "cpu"
     if where == "auto":
-        room = budget if budget is not None else _free(on_cpu) // 2
-        if need <= room:
+        free = budget if budget is not None else _free(on_cpu) // 2
+        if need <= free:
             return "device"
         if not on_cpu and need <= _free(host=True) // 2:
             return "host"
     elif budget is None or need <= budget:
         return str(where)
-    limit = f"the budget is {budget:,}" if budget is not None else "there is no room for that"
+    limit = f"the budget is {budget:,}" if budget is not None else "there is not enough memory"
     raise StageError(
         f"the features take {need:,} bytes and {limit}. Keep them on disk "
         '(where="path/to/folder"), store them in fewer bits (features_dtype="bfloat16" or '
@@ -225,5 +225,5 @@ def _free(host: bool) -> int:
         return stats["bytes_limit"] - stats["bytes_in_use"]
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not a POSIX system: no telling
+    except (AttributeError, ValueError, OSError):  # not a POSIX system: unknown
         return sys.maxsize

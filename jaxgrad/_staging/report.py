@@ -1,4 +1,4 @@
-"""What staging a loss gains, in floating point operations and bytes, and what stands in its way."""
+"""Reports what staging gains in floating point operations and bytes, and what prevents more."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -16,23 +16,22 @@ from jaxgrad._staging.dependence import Refusal, Varying
 from jaxgrad._staging.split import Split
 from jaxgrad._text import work
 
-# What a step costs whatever it computes, and a compilation of the frozen part, in operations:
-# about 0.2 ms and 0.2 s on a machine of 50 GFLOP/s. Measured on two CPU cores; they only
-# matter where there is little to gain.
+# The fixed costs of a step and of compiling the frozen part, in operations: about 0.2 ms and 0.2 s
+# at 50 GFLOP/s. Measured on two CPU cores; they matter only if there is little to gain.
 _STEP = 1e7
 _COMPILATION = 1e10
 
 
 @dataclasses.dataclass(frozen=True)
 class Crossing:
-    """One value that is handed from the frozen part to each step.
+    """A value that the frozen part hands to each step.
 
     Attributes:
-        shape: of the values of one example.
-        dtype: their dtype.
-        nbytes: their bytes per example.
-        source: the equation that makes them and its line, or the part of the batch that they are.
-        computed: False where they are a part of the batch, which is there already.
+        shape: the shape for one example.
+        dtype: the dtype.
+        nbytes: the bytes per example.
+        source: the equation that makes the value and its line, or the part of the batch.
+        computed: False for a part of the batch, which needs no computation.
     """
 
     shape: tuple[int, ...]
@@ -48,18 +47,18 @@ class Crossing:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a staged loss computes once and what in every step. Counts are per example.
+    """What a staged loss computes once and what in every step, counted per example.
 
     Attributes:
-        once: floating point operations that run once per example.
+        once: floating point operations that run once.
         step: operations that each step still takes, forward and backward.
         unstaged: operations that a step takes without staging.
-        crossing: what is handed from the one to the other.
-        constants: bytes of what was computed once from parameters alone.
+        crossing: the values that the frozen part hands to the step.
+        constants: bytes of the values computed once from parameters alone.
         batch_bytes: bytes of an example as the unstaged loss reads it.
-        refusals: equations that could not be staged, with the operations that hang on them.
-        random: the first random operation among frozen ones, and the operations behind it.
-        rows: the batch size that the prediction is for.
+        refusals: equations that could not be staged, with the operations that depend on them.
+        random: the first random operation among frozen ones, and the operations after it.
+        rows: the batch size of the prediction.
     """
 
     once: int
@@ -79,17 +78,17 @@ class Report:
 
     @property
     def staged(self) -> bool:
-        """Whether there is anything that runs once per example."""
+        """Whether anything runs once per example."""
         return any(c.computed for c in self.crossing)
 
     @property
     def flops_per_byte(self) -> float:
-        """What it is taken to cost to read a byte, in operations."""
+        """The assumed cost of reading a byte, in operations."""
         return min_cut.FLOPS_PER_BYTE
 
     @property
     def speedup(self) -> float:
-        """How many times faster a step is predicted to be."""
+        """The predicted speed-up of a step."""
         return (self._before * self.rows + _STEP) / (self._after * self.rows + _STEP)
 
     @property
@@ -101,13 +100,13 @@ class Report:
         return self.step + self.flops_per_byte * sum(c.nbytes for c in self.crossing)
 
     def gain(self, examples: int, epochs: float) -> float:
-        """Returns how many times faster the whole training is predicted to be.
+        """Returns the predicted speed-up of a complete training run.
 
-        Above 1, staging pays: preparation and its compilation are counted.
+        Preparation and its compilation are counted: above 1, staging pays.
 
         Args:
             examples: the number of examples in the dataset.
-            epochs: how many times each is used; a fraction where a run is short.
+            epochs: how many times each example is used; may be a fraction.
         """
         steps = _STEP * examples / self.rows
         before = epochs * (examples * self._before + steps)
@@ -127,7 +126,7 @@ class Report:
         if self.constants:
             lines.append(f"  constants: {self.constants:,} bytes from frozen parameters alone")
         for refusal, blocked in self.refusals:
-            lines.append(f"  not staged: {refusal} ({work(blocked)} per example hang on it)")
+            lines.append(f"  not staged: {refusal} ({work(blocked)} per example depend on it)")
         if self.random:
             where, blocked = self.random
             lines.append(
@@ -138,11 +137,11 @@ class Report:
 
 
 def report(split: Split, names: dict[jex.Var, str]) -> Report:
-    """Counts what a split loss computes where.
+    """Counts what each part of a split loss computes.
 
     Args:
         split: the split.
-        names: what to call the parts of the batch.
+        names: the names of the parts of the batch.
     """
     program, rows = split.program, split.rows
     inputs = program.jaxpr.invars
@@ -179,14 +178,14 @@ def _where(eqn: jex.JaxprEqn) -> str:
 
 
 def _training(eqns: Iterable[jex.JaxprEqn], trained: set[jex.Var]) -> int:
-    """Operations of a step: forward, and backward to what depends on trained parameters."""
+    """Operations of a step: forward, and backward through what depends on trained parameters."""
     count = 0
     for eqn in eqns:
         factors = sum(isinstance(v, jex.Var) and v in trained for v in eqn.invars)
         if eqn.primitive in (primitives.dot_general_p, primitives.conv_general_dilated_p):
             backward = factors
         elif isinstance(view(eqn), Checkpoint):
-            backward = 3 * bool(factors)  # forward again, and twice as much backward
+            backward = 3 * bool(factors)  # forward again, and backward at twice its cost
         else:
             backward = (2 if bodies(eqn) else 1) * bool(factors)
         count += flops(eqn) * (1 + backward)
@@ -214,7 +213,7 @@ _RANDOM = ("random_", "threefry", "rng_")
 def _random(
     split: Split, eqns: Iterable[jex.JaxprEqn], trained: set[jex.Var]
 ) -> tuple[str, int] | None:
-    """The first draw whose result meets frozen values, and what it keeps from being staged."""
+    """The first draw that meets frozen values, and the operations it keeps from being staged."""
     eqns, vary = list(eqns), split.program.depending(split.program.vary)
     draws = {e for e in eqns if e.primitive.name.startswith(_RANDOM) and reads(e, vary)}
     drawn = depending(eqns, (v for e in draws for v in e.outvars))

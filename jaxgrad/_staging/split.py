@@ -1,4 +1,4 @@
-"""A traced loss in three: what runs once, what runs once per example, what runs in every step."""
+"""Splits a traced loss in three: run once, once per example, and in every step."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from jaxgrad._staging.two_traces import Misaligned
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Where a loss is cut, in the values of one trace of it.
+    """Where a loss is cut, in terms of one trace of it.
 
     Attributes:
         program: the trace.
-        rows: its batch size.
-        classes: the class of each of its values.
-        crossing: the per-example values that are handed from the frozen part to the step.
-        constants: the values of frozen parameters alone that the step needs.
+        rows: the batch size of the trace.
+        classes: the class of each value.
+        crossing: the per-example values that the frozen part hands to the step.
+        constants: the values that the step needs and that depend on frozen parameters alone.
     """
 
     program: Program
@@ -33,11 +33,11 @@ class Split:
 
     @property
     def computed(self) -> list[jex.Var]:
-        """The crossing values that are not simply a part of the batch."""
+        """The crossing values that are not a part of the batch."""
         return [v for v in self.crossing if v not in set(self.program.batch)]
 
     def place(self, var: jex.Var) -> PerExample:
-        """Where a crossing value has its examples."""
+        """The axis that counts the examples in a crossing value."""
         if var in self.program.batch:
             return PerExample(0)
         place = self.classes[var]
@@ -81,9 +81,9 @@ class Split:
         )
 
     def _of_one_row(self, program: Program) -> "Split":
-        """The same split for one row, where what repeats a value over the batch is traced away.
+        """The same split for one row, whose trace has no equations that repeat a value per row.
 
-        The frozen parts are then not the same equations, and need not be: the steps are compared,
+        So the frozen parts differ in their equations, and may: only the steps are compared,
         backwards from the outputs to the crossing.
         """
         check_closed_over(self.program, program)
@@ -119,10 +119,10 @@ class Split:
 
 
 def split(loss: Loss, rows: int) -> Split:
-    """Finds the frozen part of a loss and cuts it off where that is cheapest.
+    """Finds the frozen part of a loss and cuts it off at the cheapest place.
 
     Args:
-        loss: the loss and what it is called with.
+        loss: the loss with the shapes of its arguments.
         rows: the batch size to trace it with.
     """
     program = loss.trace(rows)
@@ -135,7 +135,7 @@ def split(loss: Loss, rows: int) -> Split:
         forced=lambda e: bool(e.effects) or any(isinstance(classes[v], Varying) for v in e.outvars),
         outputs=[v for v in program.jaxpr.outvars if isinstance(v, jex.Var)],
     )
-    # Where nothing is known of the batch, the step takes it as it is.
+    # If nothing is known about a part of the batch, the step takes it unchanged.
     unknown = [v for v in program.batch if isinstance(classes[v], Varying)]
     whole = Split(program, rows, classes, [*crossing, *unknown], folded)
     used = taken(whole.step())

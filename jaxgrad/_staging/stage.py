@@ -1,15 +1,15 @@
-"""Frozen is free: the frozen part of a loss, found in its own jaxpr and computed once.
+"""Frozen is free: finds the frozen part of a loss in its jaxpr and computes it once.
 
 A fine-tune computes the same frozen layers for the same examples in every epoch. The jaxpr of
-the loss says which values depend on frozen parameters and one example alone; these are computed
-once, kept as *features*, and the loss goes on from there. Nothing need be known about the model
-and nothing in it be rewritten: `stage` reads a pure function, whichever library it was written
-with, and the staged loss has the same value and the same gradients.
+the loss shows which values depend on frozen parameters and one example alone. These are computed
+once and kept as *features*, and the loss continues from them. `stage` reads a pure function, of
+whatever library, and needs neither knowledge of the model nor a change to it; the staged loss has
+the same value and the same gradients.
 
-What is staged is proven and then checked. That a value is a function of its own example is
-followed through the equations (`batch_axis.py`: what has no rule is not staged), and before
-anything is prepared the frozen part is run on the same rows at other places, among other rows,
-and must give the same.
+Staging is proven and then checked. `batch_axis.py` follows through the equations that a value is a
+function of its own example (a primitive without a rule is not staged). Before anything is
+prepared, the frozen part runs on the same rows at other positions, among other rows, and must
+return the same values.
 """
 
 import dataclasses
@@ -49,30 +49,29 @@ def stage(
     *,
     vary: Sequence[PyTree] = (),
 ) -> "Staged":
-    """Splits a loss into a frozen part, to be run once, and the rest, to be run in each step.
+    """Splits a loss into a frozen part, which runs once, and the rest, which runs in each step.
 
-    What is staged can be staged again, which is how to unfreeze layer by layer: stage the widest
-    selection first, then `stage(staged.loss, trainable, features[:rows], wrt=narrower)` and prepare
+    A staged loss can be staged again, to unfreeze layer by layer: stage the widest selection
+    first, then `stage(staged.loss, trainable, features[:rows], wrt=narrower)` and prepare
     from the features. No frozen layer runs more than once per example, over all phases.
 
     Args:
         loss: a pure function `loss(params, batch, *vary)` that returns a scalar, or any tree of
             arrays (a scalar and auxiliary values).
-        params: any tree of arrays. The values of those that `wrt` does not select are used, of
-            the others only the shapes.
-        batch: a tree of arrays (or `jax.ShapeDtypeStruct`) with the examples along axis 0. Its
-            number of rows is that of the chunks in which a dataset is prepared; a staged loss
-            takes batches of any size.
-        wrt: what is trained, as in `jaxgrad.select`.
-        vary: examples of the further arguments of `loss`, which change from step to step: a
-            PRNG key, a step counter. What depends on them is not staged.
+        params: any tree of arrays. Staging uses the values of the arrays that `wrt` does not
+            select, and only the shapes of the others.
+        batch: a tree of arrays (or `jax.ShapeDtypeStruct`) with the examples along axis 0. Datasets
+            are prepared in chunks of this many rows; a staged loss takes batches of any size.
+        wrt: what to train, as in `jaxgrad.select`.
+        vary: examples of the other arguments of `loss`, which change from step to step: a PRNG
+            key, a step counter. Whatever depends on them is not staged.
 
     Returns:
         The staged loss. Print it to see what runs once, what each step takes, and why.
 
     Raises:
         SelectionError: `wrt` does not fit `params`.
-        RowsError: the arrays of `batch` differ in their rows, or it has none.
+        RowsError: the arrays of `batch` differ in their number of rows, or have none.
         StageError: a shape or a branch of the loss depends on values.
 
     Example:
@@ -85,7 +84,7 @@ def stage(
         >>> batch = jax.tree.map(lambda a: a[:16], dataset)
         >>> staged = jg.stage(loss, params, batch, wrt="head")
         >>> features = staged.prepare(dataset)
-        >>> features.values[0].shape  # one row per example: what the head is given
+        >>> features.values[0].shape  # one row per example: the input of the head
         (64, 4)
         >>> head, _ = jg.partition(params, "head")
         >>> bool(jnp.allclose(staged.loss(head, features[:16]), loss(params, batch)))
@@ -97,7 +96,7 @@ def stage(
     rows = rows_of(batch, "the batch", "Pass what does not belong to an example by `vary`.")
     source = Loss(loss, selection.named(params), selection.flags, _bare(batch), vary)
     try:
-        # With one row, what is summed over the batch looks like what is not.
+        # With one row, a sum over the batch looks like no sum at all.
         plan = _Plan(source, split(source, max(rows, 2)))
     except _NEEDS_VALUES as error:
         raise StageError(_needs_values(error)) from error
@@ -111,11 +110,11 @@ def stage(
 class Staged:
     """A loss in two parts; made by `jaxgrad.stage`.
 
-    A pytree whose leaves are the frozen values that the steps need: given to a jitted function as
-    an argument, they are not compiled into it.
+    A pytree whose leaves are the frozen values that the steps need: pass it to a jitted function as
+    an argument, and they are not compiled into it.
 
     Attributes:
-        constants: what each step needs of the frozen parameters, computed where it could be.
+        constants: frozen parameters, and values of them, that each step needs.
     """
 
     constants: tuple[jax.Array, ...]
@@ -125,7 +124,7 @@ class Staged:
         return f"Staged: {self.report()}"
 
     def report(self) -> Report:
-        """Returns what is computed once and what in every step, and what was refused and why."""
+        """Returns what runs once, what runs in every step, and what was refused and why."""
         return self._plan.report
 
     def prepare(
@@ -141,25 +140,25 @@ class Staged:
         """Runs the frozen part over a dataset, once.
 
         Args:
-            dataset: the tree that `batch` was, with all examples along axis 0.
+            dataset: a tree like `batch`, with all examples along axis 0.
             where: "device"; "host", in NumPy arrays; a folder, in files that are written once and
-                found again by what they depend on (frozen parameters, data, the computation,
-                versions), also after a preparation that was killed; "auto": on the device within
-                the budget, else in the host's memory where that is another one.
-            budget_bytes: the most that features may take in memory; half of what is free, if None.
+                found again by everything they depend on (frozen parameters, data, computation,
+                versions), even after a killed preparation; "auto": on the device within the
+                budget, else in host memory if that is separate.
+            budget_bytes: the most memory that features may take; by default half of what is free.
             features_dtype: store floating point features as "bfloat16", or as "int8" with a scale
-                per example; `features.stats.error` says what that changed.
-            progress: whether to show a progress bar where a terminal is looking.
-            sharding: how the rows of a chunk lie on the mesh that the parameters are on, to
-                compute them on all its devices; `where` is then "host" or a folder.
+                per example; `features.stats.error` is the relative error.
+            progress: whether to show a progress bar on a terminal.
+            sharding: how to lay out the rows of a chunk on the mesh of the parameters, to use all
+                its devices; `where` is then "host" or a folder.
 
         Returns:
-            The features; `features[rows]` are a batch of them. Parts of the batch that the steps
-            need (labels) are among them, not copied.
+            The features; `features[rows]` is a batch of them. They include, uncopied, the parts of
+            the batch that the steps need (labels).
 
         Raises:
-            StageError: the dataset is not like the batch, the features do not fit, or an example's
-                features turn out to depend on other examples.
+            StageError: the dataset does not match the batch, the features do not fit in memory, or
+                an example's features depend on other examples.
         """
         if features_dtype not in ENCODINGS:
             raise StageError(
@@ -182,17 +181,17 @@ class Staged:
         return Features(tuple(ordered), features_dtype, stats)
 
     def loss(self, trainable: PyTree, features: Features, *vary: PyTree) -> PyTree:
-        """The loss of a batch of features: equal to `loss(params, batch, *vary)`.
+        """Returns the loss of a batch of features, equal to `loss(params, batch, *vary)`.
 
         Works under `jit`, `grad`, `vmap` and `scan`.
 
         Args:
             trainable: the selected half of the parameters, `jaxgrad.partition(params, wrt)[0]`.
             features: a batch, `features[rows]`, of any number of rows.
-            *vary: as given to the loss.
+            *vary: the other arguments of the loss.
 
         Returns:
-            What the loss returns.
+            The result of the loss.
 
         Raises:
             StageError: `trainable` is not that half, or the loss computes something else for
@@ -211,14 +210,14 @@ class Staged:
         if vary_tree != plan.source.vary_tree:
             raise StageError(
                 f"the loss was staged with vary={plan.source.vary_tree} and is called with "
-                f"{vary_tree}."
+                f"{vary_tree}. Both must have one structure."
             )
         outs = plan.step(cut)(*leaves, *self.constants, *inputs, *vary_leaves)
         return cut.program.out_tree.unflatten(outs)
 
 
 class _Plan:
-    """A split loss at each batch size that it is used with. Compared by identity."""
+    """A split loss at each batch size in use. Compared by identity."""
 
     def __init__(self, source: Loss, cut: Split) -> None:
         self.source, self.split = source, cut
@@ -239,7 +238,8 @@ class _Plan:
             except Misaligned as error:
                 raise StageError(
                     f"the loss was staged with batches of {self.split.rows} rows, and for {rows} "
-                    f"rows {error}. Use one batch size, or a loss that treats all sizes alike."
+                    f"rows {error}. Use one batch size, or a loss that computes the same "
+                    "at all sizes."
                 ) from None
         return self._at[rows]
 
@@ -253,7 +253,7 @@ class _Plan:
         return [*cut.program.closed_over, *(params[i] for i in self.source.frozen)]
 
     def fold(self) -> tuple[jax.Array, ...]:
-        """The constants: computed once, or the parameter itself and no copy of it."""
+        """The constants: computed once, or a parameter itself, uncopied."""
         cut = self.split
         given = dict(zip(cut.program.frozen, self.frozen_values(cut), strict=True))
         made = dataclasses.replace(cut, constants=[v for v in cut.constants if v not in given])
@@ -292,8 +292,8 @@ class _Plan:
         leaves, tree = jax.tree.flatten(_bare(dataset))
         if tree != source.batch_tree:
             raise StageError(
-                f"the dataset is {tree}, and the batch that was staged {source.batch_tree}. Both "
-                "must be one structure."
+                f"the dataset is {tree}, and the batch that was staged is {source.batch_tree}. "
+                "Both must have one structure."
             )
         total = rows_of(dataset)
         for name, leaf, spec in zip(self.names, leaves, source.batch, strict=True):
@@ -327,7 +327,7 @@ def _needs_values(error: Exception) -> str:
 
 
 def _bare(batch: PyTree) -> PyTree:
-    """Features as a batch: where they came from does not matter."""
+    """Features as a batch, without their statistics."""
     return dataclasses.replace(batch, stats=None) if isinstance(batch, Features) else batch
 
 

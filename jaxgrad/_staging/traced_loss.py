@@ -1,8 +1,7 @@
-"""A loss as a flat jaxpr whose inputs are sorted: frozen, trainable, batch, varying.
+"""Traces a loss to a flat jaxpr with sorted inputs: frozen, trainable, batch, varying.
 
-The loss is traced for one batch size at a time, and again for each size it is used with. That
-costs some milliseconds where a symbolic jaxpr would cost none, but any function can be traced so,
-and what is evaluated is exactly what the function does at that size.
+The loss is traced anew for each batch size. A symbolic jaxpr would save these milliseconds, but any
+function can be traced at a concrete size, and the trace is exactly what the function does there.
 """
 
 import dataclasses
@@ -20,14 +19,14 @@ from jaxgrad._tree.flat import Flat, PyTree, is_array, is_hole
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The flat jaxpr and which of its inputs are what.
+    """A flat jaxpr and the roles of its inputs.
 
     Attributes:
-        jaxpr: no constants of its own: arrays that the loss closes over are inputs.
-        closed_over: the values of these.
-        frozen: the inputs of `closed_over` and of the frozen parameters.
-        trainable: the inputs of the selected parameters.
-        batch: the inputs of the batch.
+        jaxpr: has no constants: arrays that the loss closes over are inputs.
+        closed_over: the arrays that the loss closes over.
+        frozen: the inputs for `closed_over` and the frozen parameters.
+        trainable: the inputs for the selected parameters.
+        batch: the inputs for the batch.
         vary: the inputs that change from step to step.
     """
 
@@ -40,12 +39,12 @@ class Program:
     out_tree: Any
 
     def depending(self, inputs: Sequence[jex.Var]) -> set[jex.Var]:
-        """The values that depend on one of these inputs, themselves included."""
+        """The values that depend on any of these inputs, and the inputs themselves."""
         return depending(self.jaxpr.eqns, inputs)
 
 
 class Loss:
-    """A loss with the shapes of all it is called with; traces it for any batch size."""
+    """A loss with the shapes of its arguments; traces it at any batch size."""
 
     def __init__(
         self,
@@ -73,7 +72,7 @@ class Loss:
         )
 
     def trace(self, rows: int) -> Program:
-        """The loss of a batch of this many rows."""
+        """Traces the loss at a batch size."""
 
         def fun(trainable, frozen, batch, vary):
             leaves = list(self.params.leaves)
@@ -107,7 +106,7 @@ def check_closed_over(first: Program, other: Program) -> None:
     """Compares the arrays that two traces of one loss close over.
 
     Raises:
-        Misaligned: they are others, or of another number.
+        Misaligned: the arrays differ.
     """
     ours, theirs = first.closed_over, other.closed_over
     if len(ours) != len(theirs) or not all(map(equal, ours, theirs)):
@@ -115,10 +114,10 @@ def check_closed_over(first: Program, other: Program) -> None:
 
 
 def pair(first: Program, other: Program) -> dict[jex.Var, jex.Var]:
-    """The values of one trace in another trace of the same loss.
+    """Maps the values of one trace to those of another trace of the same loss.
 
     Raises:
-        Misaligned: it is not the same computation.
+        Misaligned: the computations differ.
     """
     pairs = align(first.jaxpr, other.jaxpr)
     check_closed_over(first, other)

@@ -1,7 +1,7 @@
-"""One function, traced at two batch sizes: the same equations, or a reason why not.
+"""Compares traces of one function at two batch sizes.
 
-What differs between the traces is what the batch size reaches: a size that scales with it becomes a
-`Dim`, a literal or a parameter that differs is the batch size itself at work in the computation.
+Differences between the traces show where the batch size enters: a size that scales with it becomes
+a `Dim`; a literal or parameter that differs means that the computation uses the batch size itself.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ Sizes: TypeAlias = tuple[int, int]
 
 
 class Misaligned(Exception):  # noqa: N818
-    """Two traces of one function are not the same equations; the message says where."""
+    """Two traces of one function have different equations; the message says where."""
 
 
 def align(first: jex.Jaxpr, second: jex.Jaxpr) -> dict[jex.Var, jex.Var]:
@@ -79,9 +79,9 @@ def uses_batch_size(first: jex.JaxprEqn, second: jex.JaxprEqn, sizes: Sizes) -> 
 
 
 def unify(first: Sequence[int], second: Sequence[int], sizes: Sizes) -> Shape:
-    """The sizes of two traces as one: those that scale with the batch become a `Dim`."""
+    """Merges the sizes of two traces: those that scale with the batch become a `Dim`."""
     if len(first) != len(second):
-        raise Mixes("has another number of axes at another batch size")
+        raise Mixes("changes its number of axes with the batch size")
     made: list[int | Dim] = []
     for a, b in zip(first, second, strict=True):
         if a == b:
@@ -89,11 +89,11 @@ def unify(first: Sequence[int], second: Sequence[int], sizes: Sizes) -> Shape:
         elif a % sizes[0] == 0 and b % sizes[1] == 0 and a // sizes[0] == b // sizes[1]:
             made.append(Dim(a // sizes[0]))
         else:
-            raise Mixes("has a size that is no multiple of the batch size")
+            raise Mixes("has a size that is not a multiple of the batch size")
     return tuple(made)
 
 
-# Parameters that are sizes, so that the batch size may stand in them.
+# Parameters that are sizes, which may contain the batch size.
 SIZES = {
     "broadcast_in_dim": ("shape",),
     "dynamic_slice": ("slice_sizes",),
@@ -105,7 +105,7 @@ SIZES = {
 }
 
 
-# Beside their body, these have but the functions that make their derivatives.
+# Apart from their body, these have only the functions that make their derivatives.
 _DERIVATIVES = ("custom_jvp_call", "custom_vjp_call")
 
 
@@ -114,7 +114,7 @@ def _same(a: object, b: object) -> bool:
 
 
 def equal(a: ArrayLike, b: ArrayLike) -> bool:
-    """Whether two arrays that traces close over are the same to the bit: keys and NaNs too."""
+    """Whether two arrays that traces close over agree bit for bit, keys and NaNs included."""
     if a is b:
         return True
     a, b = host(a), host(b)

@@ -120,7 +120,7 @@ MIXING = {
     "tile the batch": (lambda x: jnp.tile(x, (2, 1, 1)), "tile at .* repeats the batch"),
     "pad the batch": (
         lambda x: jnp.pad(x, ((1, 1), (0, 0), (0, 0))),
-        "no multiple of the batch size",
+        "not a multiple of the batch size",
     ),
     "split the batch": (
         lambda x: jnp.split(x, 2)[0] * jnp.split(x, 2)[1],
@@ -130,7 +130,7 @@ MIXING = {
         lambda x: x.transpose(1, 0, 2).reshape(-1, 6),
         "no longer one contiguous row",
     ),
-    "two into one": (lambda x: x.reshape(2, -1, 4, 6).sum(0), "no multiple of the batch size"),
+    "two into one": (lambda x: x.reshape(2, -1, 4, 6).sum(0), "not a multiple of the batch size"),
     "position": (
         lambda x: x + jnp.arange(x.shape[0], dtype=x.dtype)[:, None, None],
         "position in the batch",
@@ -141,7 +141,7 @@ MIXING = {
         lambda x: jnp.take_along_axis(x[:, 0], index(x)[:, None], 0),
         "depends on the size of the batch",
     ),
-    "stride over the batch": (lambda x: x[::2], "no multiple of the batch size"),
+    "stride over the batch": (lambda x: x[::2], "not a multiple of the batch size"),
     "window over the batch": (
         lambda x: lax.reduce_window(x, 0.0, lax.add, (3, 1, 1), (1, 1, 1), "SAME"),
         "slides a window along the examples",
@@ -183,7 +183,7 @@ MIXING = {
     ),
     "unknown primitive": (
         lambda x: MYSTERY.bind(x),
-        "mystery at .* has no known way to treat the rows of a batch",
+        "mystery at .* has no rule for the rows of a batch",
     ),
     "while until all are done": (
         lambda x: lax.while_loop(lambda h: jnp.any(h < 5), lambda h: h + 1, x),

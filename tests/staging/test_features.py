@@ -172,7 +172,7 @@ def test_budget(case):
 def test_no_room(case, monkeypatch):
     staged, data, _ = case
     monkeypatch.setattr(precompute, "_free", lambda host: 100)
-    with pytest.raises(jg.StageError, match="there is no room for that"):
+    with pytest.raises(jg.StageError, match="there is not enough memory"):
         staged.prepare(data)
 
 

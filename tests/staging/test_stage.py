@@ -279,7 +279,11 @@ def test_shard_map_is_staged():
     [
         (lambda x, w: x @ w - jax.lax.pmean(x @ w, "data"), P(), "depends on the devices that"),
         (lambda x, w: x @ w + jax.lax.axis_index("data"), P(), "depends on the devices that"),
-        (lambda x, w: x @ w, P(None, "data"), "has other parameters on the devices of other"),
+        (
+            lambda x, w: x @ w,
+            P(None, "data"),
+            "has different parameters on the devices",
+        ),
     ],
     ids=["collective", "axis_index", "split weights"],
 )
@@ -377,7 +381,7 @@ def test_errors_are_for_people():
         staged.prepare(batch_of(data, slice(0)))
     with pytest.raises(jg.StageError, match=r"'x' of the dataset has rows of float32\[4\].*\[5\]"):
         staged.prepare({**data, "x": data["x"][:, :4]})
-    with pytest.raises(jg.StageError, match="Both must be one structure"):
+    with pytest.raises(jg.StageError, match="Both must have one structure"):
         staged.prepare({"x": data["x"]})
     features = staged.prepare(data)
     trainable, frozen = jg.partition(params, wrt)

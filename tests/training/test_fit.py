@@ -396,7 +396,7 @@ def test_what_is_not_staged_is_said_why(eager_to_stage, monkeypatch):
     assert "nothing is staged: " in jg.fit(mixing, params, dataset, tx).staging
     assert jg.fit(loss, params, dataset, optax.sgd(0.1)).staging == "nothing is staged"
     monkeypatch.setattr("jaxgrad._staging.precompute._free", lambda host: 100)
-    assert "there is no room for that" in jg.fit(loss, params, dataset, tx, epochs=4).staging
+    assert "there is not enough memory" in jg.fit(loss, params, dataset, tx, epochs=4).staging
     monkeypatch.setattr("jaxgrad._staging.report._COMPILATION", 1e10)
     assert "1 epoch of 22 rows would not gain" in jg.fit(loss, params, dataset, tx).staging
 
