@@ -304,12 +304,12 @@ def test_the_steps_are_lowered_for_machines_that_are_not_there(sharding, monkeyp
         (
             {"sharding": {"head/b": P(None, "data")}},
             ValueError,
-            "does not fit 'head/b', float32[3]: it has 2 entries and the leaf 1 axes.",
+            "does not fit 'head/b', float32[3]: it has 2 entries and the leaf has 1 axes.",
         ),
         (
             {"sharding": {"trunk/**": P("model")}},
             ValueError,
-            "does not fit 'trunk/b', float32[16]: the mesh has no axis 'model', but 'data'.",
+            "does not fit 'trunk/b', float32[16]: the mesh has no axis 'model'; it has 'data'.",
         ),
     ],
 )

@@ -1,5 +1,5 @@
-"""Devices, processes, signals and the terminal: placement of arrays, other processes, interrupts.
+"""Devices, processes, signals and the terminal.
 
-May import `_tree` and `_text`. Whatever a training run or staging must know about the machine
-belongs here.
+May import `_tree` and `_text`. Add here what a training run or staging must know about the machine:
+where arrays are placed, what other processes do, which signals arrive.
 """

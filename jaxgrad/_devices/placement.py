@@ -1,10 +1,10 @@
-"""Which leaf goes where: on one device, or on a mesh of them.
+"""Places leaves on one device, or on a mesh.
 
-Data parallel, fully sharded and tensor parallel training are the same jitted steps. They differ in
-where the arrays lie, and XLA divides the work by that; so a placement is all that `fit` has to know
-of a mesh. It goes by path: an array lies where the parameter lies whose path ends its own and whose
-shape it has. Optimizer state and the arrays of a checkpoint thus follow their parameters, and
-everything else (a counter, the losses) is on every device.
+Data parallel, fully sharded and tensor parallel training run the same jitted steps. They differ in
+the placement of the arrays, by which XLA divides the work, so a placement is all that `fit` needs
+to know about a mesh. It goes by path: an array is placed like the parameter of the same shape whose
+path is a suffix of the array's. Optimizer state and the arrays of a checkpoint thus follow their
+parameters, and everything else (a counter, the losses) is on every device.
 """
 
 import math
@@ -25,11 +25,11 @@ from jaxgrad._tree.wrt import match
 
 Rules: TypeAlias = Literal["data", "fsdp"] | Mapping[str, PartitionSpec]
 ShardingOf: TypeAlias = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
-"""From the path and the shape of an array to where it lies."""
+"""Maps the path and the shape of an array to its sharding."""
 
 
 def on_one_device(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-    """Where an array lies if there is no mesh."""
+    """The sharding of an array without a mesh."""
     return SingleDeviceSharding(jax.local_devices()[0])
 
 
@@ -39,7 +39,7 @@ class OneDevice:
     sharding_of: ShardingOf = staticmethod(on_one_device)
 
     def put(self, tree: PyTree) -> PyTree:
-        """The tree with its arrays in their places."""
+        """Places the arrays of a tree."""
         return jax.tree.map(lambda x: jnp.asarray(x) if is_array(x) else x, tree)
 
     def init(self, tx: optax.GradientTransformation, trainable: PyTree) -> PyTree:
@@ -47,11 +47,11 @@ class OneDevice:
         return tx.init(trainable)
 
     def pinned(self, carry: PyTree) -> Any:
-        """Where the jitted steps are to leave the carry, the losses and the flags."""
+        """The output shardings of the jitted steps: carry, losses and flags."""
         return None
 
     def rows(self, count: int) -> NamedSharding | None:
-        """Where so many rows lie, if it matters."""
+        """The sharding of this many rows, if it matters."""
         return None
 
 
@@ -60,7 +60,7 @@ class OnMesh:
 
     Args:
         mesh: the devices.
-        sharding: where the parameters lie; see `fit`.
+        sharding: how the parameters are placed; see `fit`.
         params: the parameters.
 
     Raises:
@@ -69,12 +69,12 @@ class OnMesh:
     """
 
     def __init__(self, mesh: Mesh, sharding: Rules, params: PyTree) -> None:
-        # On Explicit axes the code of the model would have to name them; on Auto ones it runs as
-        # it is written.
+        # With Explicit axes the model's code would have to name them; with Auto axes it runs
+        # unchanged.
         if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
             raise ValueError(
-                "jax.set_mesh has set a mesh with Explicit axes, under which models do not run as "
-                "they are written. Call fit outside of it; the mesh that fit is given may be that."
+                "jax.set_mesh has set a mesh with Explicit axes, under which models do not run "
+                "unchanged. Call fit outside of it; the same mesh may be passed to fit."
             )
         self.mesh = Mesh(mesh.devices, mesh.axis_names)
         self.axis = "data" if "data" in mesh.axis_names else mesh.axis_names[0]
@@ -99,7 +99,7 @@ class OnMesh:
         }
 
     def sharding_of(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
-        """Where an array lies."""
+        """The sharding of an array."""
         parts = path.split("/")
         for start in range(len(parts) + 1):
             found, sharding = self._table.get("/".join(parts[start:]), (None, self.everywhere))
@@ -108,7 +108,7 @@ class OnMesh:
         return self.everywhere
 
     def put(self, tree: PyTree) -> PyTree:
-        """The tree with its arrays in their places."""
+        """Places the arrays of a tree."""
         flat = flatten(tree)
         return flat.treedef.unflatten(
             [
@@ -118,7 +118,7 @@ class OnMesh:
         )
 
     def init(self, tx: optax.GradientTransformation, trainable: PyTree) -> PyTree:
-        """The first state of an optimizer, nowhere whole where its parameters are not."""
+        """The first state of an optimizer, sharded like its parameters from the start."""
         flat = flatten(jax.eval_shape(tx.init, trainable))
         shardings = flat.treedef.unflatten(
             [
@@ -129,19 +129,19 @@ class OnMesh:
         return jax.jit(tx.init, out_shardings=shardings)(trainable)
 
     def pinned(self, carry: PyTree) -> Any:
-        """Where the jitted steps are to leave the carry, the losses and the flags.
+        """The output shardings of the jitted steps: carry, losses and flags.
 
-        Left to itself XLA may leave it elsewhere, and the next call would be compiled anew.
+        XLA might choose others, and the next call would compile again.
         """
         return jax.tree.map(lambda x: x.sharding, carry), self.everywhere, self.everywhere
 
     def rows(self, count: int) -> NamedSharding:
-        """Where so many rows lie: split, or everywhere where they don't divide."""
+        """The sharding of this many rows: split, or replicated if they don't divide."""
         split = PartitionSpec(self.axis) if count % self.ways == 0 else PartitionSpec()
         return NamedSharding(self.mesh, split)
 
     def check_batch(self, batch_size: int) -> None:
-        """Raises where a batch can't be split."""
+        """Raises if a batch can't be split."""
         if batch_size % self.ways:
             raise ValueError(
                 f"batch_size={batch_size} can't be split over the {self.ways} devices of the mesh "
@@ -177,12 +177,12 @@ class OnMesh:
         where = f"the sharding rule '{pattern}': {p} does not fit '{path}', {spec(leaf)}: "
         shape = np.shape(leaf)
         if len(p) > len(shape):
-            raise ValueError(f"{where}it has {len(p)} entries and the leaf {len(shape)} axes.")
+            raise ValueError(f"{where}it has {len(p)} entries and the leaf has {len(shape)} axes.")
         for length, names in zip(shape, p, strict=False):
             names = (names,) if isinstance(names, str) else names or ()
             if unknown := [name for name in names if name not in self.mesh.shape]:
                 raise ValueError(
-                    f"{where}the mesh has no axis {unknown[0]!r}, but "
+                    f"{where}the mesh has no axis {unknown[0]!r}; it has "
                     f"{', '.join(map(repr, self.mesh.axis_names))}."
                 )
             ways = math.prod(self.mesh.shape[name] for name in names)
@@ -194,7 +194,7 @@ Placement: TypeAlias = OneDevice | OnMesh
 
 
 def placement(mesh: Mesh | None, sharding: Rules, params: PyTree, batch_size: int) -> Placement:
-    """The placement that a call of `fit` asks for."""
+    """The placement that the arguments of `fit` describe."""
     if mesh is None:
         if sharding != "data":
             raise ValueError(
@@ -213,5 +213,5 @@ def _put(x: ArrayLike, sharding: NamedSharding) -> jax.Array:
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     x = x if hasattr(x, "dtype") else jnp.asarray(x)
     if isinstance(x, jax.Array) and x.is_fully_addressable and not sharding.is_fully_addressable:
-        x = np.asarray(x)  # of this process alone, and of the same value in all of them
+        x = np.asarray(x)  # local to this process, with the same value in all of them
     return jax.device_put(x, sharding)

@@ -1,9 +1,9 @@
-"""Several processes as one: who speaks, and how they come to agree.
+"""Coordinates several processes: which one prints, and how they agree.
 
-All of them run the same program, and every computation on a mesh that they share is done together.
-So what one alone may do (print, write logs, rename a directory) is done by the first, and what each
-sees for itself (a signal, a listing of a directory) is agreed on before anything follows from it:
-processes that went different ways would wait for each other for ever. Alone, a process asks nobody.
+All processes run the same program and compute together on a mesh that they share. The first does
+what only one may do (print, write logs, rename a directory). What each observes for itself (a
+signal, a directory listing) is agreed on before anything depends on it: processes that took
+different branches would wait for each other forever. A single process skips all this.
 """
 
 import json
@@ -27,7 +27,7 @@ def several() -> bool:
 
 
 def barrier(name: str) -> None:
-    """Waits until all processes have come here."""
+    """Waits until all processes get here."""
     if several():
         from jax.experimental import multihost_utils
 
@@ -35,7 +35,7 @@ def barrier(name: str) -> None:
 
 
 def greatest(number: int) -> int:
-    """The greatest of the processes' numbers."""
+    """The maximum of a number over the processes."""
     if not several():
         return number
     from jax.experimental import multihost_utils
@@ -44,7 +44,7 @@ def greatest(number: int) -> int:
 
 
 def from_first(value: T) -> T:
-    """What the first process has, in all of them; anything that JSON can hold."""
+    """Broadcasts the first process's value, anything that JSON can hold."""
     if not several():
         return value
     from jax.experimental import multihost_utils
@@ -56,7 +56,7 @@ def from_first(value: T) -> T:
 
 
 def of_all(value: T) -> list[T]:
-    """What each process has, in all of them; anything that JSON can hold."""
+    """Gathers the values of all processes, anything that JSON can hold."""
     if not several():
         return [value]
     from jax.experimental import multihost_utils
@@ -67,7 +67,7 @@ def of_all(value: T) -> list[T]:
 
 
 def whole(x: ArrayLike) -> np.ndarray:
-    """An array in host memory, gathered where no process has all of it."""
+    """An array in host memory, gathered if no process has all of it."""
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     from jax.experimental import multihost_utils

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a value to look at between steps, not as an exception amid one."""
+"""Turns SIGINT and SIGTERM into a value to check between steps, not an exception within one."""
 
 import contextlib
 import signal
@@ -12,11 +12,11 @@ from jaxgrad._devices.processes import greatest
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended a training run, which is saved; the message says how to continue it.
+    """A signal ended a training run after saving it; the message says how to resume.
 
     Attributes:
         state: the `TrainState` that was saved.
-        signal: the signal that came.
+        signal: the signal that arrived.
     """
 
     __module__ = "jaxgrad"
@@ -28,16 +28,16 @@ class Interrupted(KeyboardInterrupt):
 
 
 def agreed(caught: list[signal.Signals]) -> signal.Signals | None:
-    """The signal that came to this process or another, so that all end at the same step."""
+    """The signal that any process received, so that all end at the same step."""
     number = greatest(caught[0] if caught else 0)
     return signal.Signals(number) if number else None
 
 
 @contextlib.contextmanager
 def caught_signals(active: bool) -> Iterator[list[signal.Signals]]:
-    """Yields a list, empty until one of the two signals comes; a second one kills at once."""
+    """Yields a list, empty until one of the two signals arrives; a second one kills at once."""
     caught: list[signal.Signals] = []
-    # Python lets none but the main thread set handlers.
+    # Python lets only the main thread set handlers.
     if not active or threading.current_thread() is not threading.main_thread():
         yield caught
         return
