@@ -1,7 +1,7 @@
 """The `jaxgrad` command: one file per subcommand, each a dataclass of its options and a `run`.
 
-What a user got wrong ends in one line on standard error and exit status 1 (2 where it is the
-command line itself); a traceback means a fault of ours.
+A user's mistake ends in one line on standard error and exit status 1 (2 for the command line
+itself); a traceback means a bug in jaxgrad.
 """
 
 import sys
@@ -14,11 +14,11 @@ _DESCRIPTION = """\
 Selective differentiation and fine-tuning for JAX.
 
 Start with `jaxgrad finetune`: it trains an MLP on the handwritten digits 0 to 4, freezes all
-but its head, and re-trains that on the digits 5 to 9. Nothing is downloaded, and it takes less
-than a minute. `jaxgrad inspect runs/finetuned` then shows what was trained and what was not,
-and `jaxgrad predict picture.png` reads a digit with the result.
+but its head, and retrains the head on the digits 5 to 9. It downloads nothing and takes less than
+a minute. `jaxgrad inspect runs/finetuned` then lists the trained and the frozen parameters, and
+`jaxgrad predict picture.png` reads a digit with the result.
 
-`jaxgrad COMMAND --help` teaches a command. Completion of options in the shell:
+`jaxgrad COMMAND --help` explains a command. To complete options in the shell:
 
 $ jaxgrad --tyro-write-completion bash ~/.local/share/bash-completion/completions/jaxgrad
 $ jaxgrad --tyro-write-completion zsh ~/.zfunc/_jaxgrad
@@ -29,10 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status.
 
     Args:
-        argv: the arguments, by default those of the process.
+        argv: the arguments; by default those of the process.
 
     Returns:
-        0, or 1 after an error that the user can mend; a wrong command line exits with 2.
+        0, or 1 after an error that the user can fix; a wrong command line exits with 2.
 
     Example:
         >>> from jaxgrad.cli import main
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except (ValueError, OSError, ArithmeticError, ModuleNotFoundError) as e:
-        # What the library raises for bad input says what to do, and is all that helps here.
+        # The library's errors for bad input say what to do; a traceback would add nothing.
         return _fail(str(e).replace("resume=True", "--resume"))
     return 0
 

@@ -1,4 +1,4 @@
-"""The classifier that the commands train: its loss, and its way to disk and back."""
+"""The classifier that the commands train: its loss, and how it is saved and loaded."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -19,12 +19,12 @@ from jaxgrad._tree.flat import PyTree, flatten
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A model as its pure function and parameters, and what it takes to build it again.
+    """A model as a pure function and parameters, with the configuration to rebuild it.
 
     Attributes:
-        apply: the model; in training, too, it is used in inference mode.
+        apply: the model, always in inference mode, in training too.
         params: its parameters.
-        config: how it is built, in words that JSON has.
+        config: how to rebuild the model, as JSON values.
         shape: the shape of one input.
     """
 
@@ -35,7 +35,7 @@ class Classifier:
 
     @classmethod
     def create(cls, hidden: Sequence[int], features: int, classes: int, seed: int) -> "Classifier":
-        """The MLP of `jaxgrad pretrain`."""
+        """Builds the MLP of `jaxgrad pretrain`."""
         from flax import nnx
 
         config = {
@@ -49,12 +49,12 @@ class Classifier:
 
     @classmethod
     def from_torch(cls, source: "jg.torch.Checkpoint", forward: Sequence[str]) -> "Classifier":
-        """The model of a whole-module file, with images as inputs."""
+        """Builds the model of a whole-module file; its inputs are images."""
         apply, params = jg.functional(
             jg.torch.from_module(source, forward=_steps(source, forward) or None)
         )
         shape, classes = _image_shape(apply, params)
-        assert source.module is not None  # from_module has seen to it
+        assert source.module is not None  # from_module has checked it
         config = {
             "model": "torch",
             "module": _plain(source.module),
@@ -66,13 +66,13 @@ class Classifier:
 
     @classmethod
     def load(cls, path: Path, forward: Sequence[str] = ()) -> "Classifier":
-        """A model that a command saved, or that a PyTorch file holds."""
+        """Loads a model that a command saved, or a PyTorch file's."""
         if path.is_file():
             return cls.from_torch(jg.torch.read(path), forward)
         if not path.exists():
             raise FileNotFoundError(
                 f"no model at '{path}': make one with `jaxgrad pretrain` or `jaxgrad finetune`, or "
-                "name one that is there with --from."
+                "pass an existing one by --from."
             )
         info = jg.inspect(path)
         kind = info.config.get("model")
@@ -83,8 +83,8 @@ class Classifier:
             return dataclasses.replace(blank, params=jg.load(path, into=blank.params))
         if kind != "torch":
             raise jg.CheckpointError(
-                f"'{path}' was not saved by `jaxgrad pretrain` or `jaxgrad finetune`, so how to "
-                "build its model is not known."
+                f"'{path}' was not saved by `jaxgrad pretrain` or `jaxgrad finetune`, so its "
+                "model can't be rebuilt."
             )
         tensors = jg.torch.to_torch(jg.load(path))
         module = _module(info.config["module"])
@@ -94,14 +94,14 @@ class Classifier:
     def save(
         self, path: Path, params: PyTree, trained: Sequence[str], *, overwrite: bool, **record: Json
     ) -> None:
-        """Saves parameters and statistics, and what `load` needs."""
+        """Saves parameters, statistics and the configuration that `load` needs."""
         tree = _joined(params, self.apply.stats)
         config = {**self.config, **record}
         moved = (lambda p, _: p in trained) if trained else None
         jg.save(path, tree, trained=moved, config=config, overwrite=overwrite)
 
     def logits(self, params: PyTree, images: jax.Array | np.ndarray) -> jax.Array:
-        """The outputs for images of any layout that has the right number of pixels."""
+        """The logits of images in any layout with the right number of pixels."""
         return self.apply(params, images.reshape(-1, *self.shape))
 
     def loss(self, params: PyTree, batch: data.Dataset) -> jax.Array:
@@ -114,16 +114,16 @@ class Classifier:
         return np.asarray(jax.nn.softmax(jax.jit(self.logits)(params, jnp.asarray(images))))
 
     def accuracy(self, params: PyTree, rows: data.Dataset) -> float:
-        """The share of rows whose likeliest class is their label."""
+        """The fraction of examples whose most likely class is their label."""
         return float((self.predict(params, rows["image"]).argmax(1) == rows["label"]).mean())
 
     def check(self, rows: data.Dataset) -> None:
-        """Refuses rows that the model has no input or no output for."""
+        """Raises if images or labels do not fit the model's inputs or outputs."""
         features, top = rows["image"][0].size, int(rows["label"].max())
         if features != self.config["features"] or top >= self.config["classes"]:
             raise data.DataError(
                 f"the data has images of {features} pixels and labels up to {top}; the model takes "
-                f"{self.config['features']} and tells {self.config['classes']} classes apart."
+                f"{self.config['features']} and has {self.config['classes']} classes."
             )
 
 
@@ -135,7 +135,7 @@ def _joined(params: PyTree, stats: PyTree) -> dict[str, Any]:
 
 
 def _steps(source: "jg.torch.Checkpoint", forward: Sequence[str]) -> list[Any]:
-    """Names of layers as they are, names of functions of `jax.nn` as the functions."""
+    """Keeps names of layers, and replaces names of functions of `jax.nn` by the functions."""
     names = source.module.children if source.module else {}
     steps: list[Any] = []
     for name in forward:
@@ -154,12 +154,12 @@ def _steps(source: "jg.torch.Checkpoint", forward: Sequence[str]) -> list[Any]:
 
 
 def _image_shape(apply: jg.Apply, params: PyTree) -> tuple[tuple[int, ...], int]:
-    """The layout of a 28 x 28 image that the model takes, and how many classes it tells apart."""
+    """The layout in which the model takes a 28 x 28 image, and its number of classes."""
     for shape in ((784,), (28, 28, 1), (28, 28)):
         image = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
         try:
             out = jax.eval_shape(apply, params, image)
-        except (TypeError, ValueError):  # what a layer says to an input of another shape
+        except (TypeError, ValueError):  # a layer refuses an input of the wrong shape
             continue
         if out.ndim == 2 and out.shape[0] == 2:
             return shape, out.shape[1]
@@ -170,7 +170,7 @@ def _image_shape(apply: jg.Apply, params: PyTree) -> tuple[tuple[int, ...], int]
 
 
 def _plain(module: "jg.torch.Module") -> dict[str, Any]:
-    """The structure of a module as JSON has it; `_module` is the way back."""
+    """The structure of a module as JSON values; `_module` is the inverse."""
     return {
         "cls": module.cls,
         "config": {k: list(v) if isinstance(v, tuple) else v for k, v in module.config.items()},

@@ -1,4 +1,4 @@
-"""A command as one of several processes, on one host or many."""
+"""Runs a command as one of several processes, on one host or many."""
 
 import dataclasses
 from typing import Annotated
@@ -14,20 +14,20 @@ from jaxgrad._devices.processes import is_first
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distributed:
-    """Options of a command that runs as several processes, each started with the same ones."""
+    """Options of a command that runs as several processes, the same for each but --process-id."""
 
     distributed: bool = False
     """Train on all devices of all processes. On Slurm, Open MPI, Kubernetes and TPU pods they find
-    each other; elsewhere say --coordinator, --num-processes and --process-id."""
+    each other; elsewhere pass --coordinator, --num-processes and --process-id."""
     coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
-    """Where process 0 is to listen."""
+    """The address at which process 0 listens."""
     num_processes: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """How many processes there are."""
+    """The number of processes."""
     process_id: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """Which of them this is, from 0."""
+    """The index of this process, from 0."""
 
     def join(self) -> Console:
-        """Joins the other processes, before anything else; the console of the first prints."""
+        """Joins the other processes, before anything else; only the first one's console prints."""
         explicit = (self.coordinator, self.num_processes, self.process_id)
         if any(x is not None for x in explicit) and (not self.distributed or None in explicit):
             raise ValueError(
@@ -39,11 +39,11 @@ class Distributed:
                 jax.distributed.initialize(*explicit)
             except (ValueError, RuntimeError) as e:
                 raise ValueError(
-                    f"--distributed: the processes don't find each other ({e}). Say where and who "
-                    "they are: --coordinator HOST:PORT --num-processes N --process-id I."
+                    f"--distributed: the processes don't find each other ({e}). Pass their "
+                    "address and number: --coordinator HOST:PORT --num-processes N --process-id I."
                 ) from e
         return Console(soft_wrap=True, quiet=self.distributed and not is_first())
 
     def mesh(self) -> Mesh | None:
-        """All devices of all processes, or none where there is but this one."""
+        """All devices of all processes; None without --distributed."""
         return Mesh(np.array(jax.devices()), ("data",)) if self.distributed else None

@@ -9,7 +9,7 @@ from jaxgrad._text import nbytes, numel, size
 
 
 def table(title: str, leaves: Mapping[str, Any], trained: Collection[str] | None) -> Table:
-    """Paths, shapes, dtypes and bytes of arrays, and which are trained, where that is known."""
+    """Paths, shapes, dtypes and bytes of arrays, and which are trained, if that is known."""
     shown = Table(title=title, title_justify="left")
     for column in ("path", "shape", "dtype", "bytes"):
         shown.add_column(column, justify="right" if column in ("shape", "bytes") else "left")
@@ -24,7 +24,7 @@ def table(title: str, leaves: Mapping[str, Any], trained: Collection[str] | None
         else:
             shown.add_row(*cells, "frozen", style="dim")
     total = (
-        f"{sum(map(numel, leaves.values())):,} numbers, {size(sum(map(nbytes, leaves.values())))}"
+        f"{sum(map(numel, leaves.values())):,} elements, {size(sum(map(nbytes, leaves.values())))}"
     )
     if trained is None:
         shown.caption = total

@@ -1,4 +1,4 @@
-"""How the commands train: the options that they share, and what becomes of them."""
+"""The training options that the commands share, and the training they configure."""
 
 import dataclasses
 from pathlib import Path
@@ -22,36 +22,36 @@ class Training(Distributed):
     """Options of a command that trains."""
 
     epochs: int = 20
-    """How often to go through the rows."""
+    """Passes over the training set."""
     batch_size: int = 64
-    """Rows a step."""
+    """Examples per step."""
     learning_rate: float = 1e-2
-    """Of SGD."""
+    """The learning rate of SGD."""
     momentum: float = 0.9
-    """Of SGD."""
+    """The momentum of SGD."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """Whether the learning rate falls to zero, along a cosine, after a twentieth of warm-up."""
+    """Keep the learning rate, or warm up for a twentieth of the steps and decay along a cosine."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation; the trained parameters are kept in float32."""
+    """The precision of the computation; trained parameters stay in float32."""
     seed: int = 0
-    """Of the initial weights, where there are any, and of the shuffling."""
+    """The seed of the initial weights, if any, and of the shuffling."""
     checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """Directory to save the run in after each epoch. Ctrl-C then saves, too."""
+    """Directory to save the run in after each epoch. Ctrl-C then saves too."""
     resume: bool = False
-    """Go on with the run in --checkpoint, to the same result as if it had not ended."""
+    """Resume the run in --checkpoint; the result is the same as without the interruption."""
     patience: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """End the run after so many epochs without a better accuracy, and one more."""
+    """Tolerate this many epochs without a better accuracy; one more ends the run."""
     log: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Write the record of each epoch to this file, as a line of JSON."""
+    """Write the record of each epoch to this file, one line of JSON each."""
     tensorboard: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """Write them to this directory for TensorBoard."""
+    """Write the records to this directory for TensorBoard."""
     plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Draw loss and accuracy over the steps in this file (.png, .svg, .pdf)."""
+    """Plot loss and accuracy over the steps in this file (.png, .svg, .pdf)."""
 
     def fit(
         self, model: Classifier, train: data.Dataset, test: data.Dataset, wrt: jg.Wrt = "**"
     ) -> jg.TrainState:
-        """Trains a model by these options."""
+        """Trains a model with these options."""
         if self.resume and self.checkpoint is None:
             raise ValueError("--resume needs the directory of the run: --checkpoint PATH.")
         loss = model.loss if self.precision == "float32" else jg.mixed_precision(model.loss)

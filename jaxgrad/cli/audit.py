@@ -1,4 +1,4 @@
-"""`jaxgrad audit`: whether what should be frozen is."""
+"""`jaxgrad audit`: checks that frozen parameters are frozen."""
 
 import dataclasses
 from pathlib import Path
@@ -20,30 +20,29 @@ Recipe = Literal["param-groups", "split", "partition", "masked", "freeze-before"
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """Take a few steps of a fine-tune, and tell of each parameter what happens to it.
+    """Take a few steps of a fine-tune, and report what happens to each parameter.
 
     Is its gradient computed, what does the optimizer store for it, does it move, and why? Exits
-    with status 1 where something leaks.
+    with status 1 if anything leaks.
 
     $ jaxgrad audit
     $ jaxgrad audit --recipe masked --optimizer adamw
     $ jaxgrad audit --from mnist_model.pt --train "fc3/**"
 
-    Of the recipes, `jaxgrad finetune` trains by param-groups; the others are what people write in
-    plain Optax:
+    `jaxgrad finetune` uses the recipe param-groups; the others are common in plain Optax:
 
-    - split: differentiate the trained half, and initialise the optimizer on it.
-    - partition: optax.partition, with optax.set_to_zero for what is frozen.
+    - split: differentiate the trained half, and initialize the optimizer on it.
+    - partition: optax.partition, with optax.set_to_zero for the frozen parameters.
     - masked: optax.masked around the optimizer.
     - freeze-before, freeze-after: a masked optax.set_to_zero before the optimizer, or after it.
     """
 
     source: Annotated[Path, tyro.conf.arg(name="from", metavar="PATH")] = Path("runs/pretrained")
-    """The model, as `jaxgrad finetune --from` takes it."""
+    """The model, as for `jaxgrad finetune --from`."""
     train: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATTERN ...")] = ()
     """Patterns of the parameters to train; "!pattern" excludes. By default the last layer."""
     forward: Annotated[tuple[str, ...], tyro.conf.arg(metavar="STEP ...")] = ()
-    """How the layers of a PyTorch file run, where that can't be known."""
+    """How the layers of a PyTorch file run, if the file does not show it."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """MNIST or Fashion-MNIST: a directory with the four IDX files, or an .npz file."""
     recipe: Recipe = "param-groups"
@@ -51,18 +50,18 @@ class Audit:
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """The optimizer; sgd has a momentum of 0.9."""
     learning_rate: float = 1e-2
-    """Of the optimizer."""
+    """The learning rate of the optimizer."""
     weight_decay: float = 1e-2
-    """Of adamw."""
+    """The weight decay of adamw."""
     clip: float | None = None
-    """Clip by this global norm first."""
+    """Clip gradients to this global norm first."""
     batch_size: int = 64
-    """Rows a step."""
+    """Examples per step."""
     steps: int = 4
-    """How many steps to take."""
+    """The number of steps to take."""
 
     def run(self) -> None:
-        """Audits and prints; raises where something leaks."""
+        """Audits and prints; raises if anything leaks."""
         from rich.console import Console
 
         model = Classifier.load(self.source, self.forward)

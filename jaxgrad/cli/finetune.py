@@ -1,4 +1,4 @@
-"""`jaxgrad finetune`: freeze a model but for a part, and re-train that."""
+"""`jaxgrad finetune`: freezes a model except for a part, and retrains that part."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -21,37 +21,36 @@ _PRETRAINED = Path("runs/pretrained")
 
 @dataclasses.dataclass(frozen=True)
 class Finetune(Training):
-    """Freeze a pretrained model but for its head, and re-train that on other digits.
+    """Freeze a pretrained model except for its head, and retrain the head on other digits.
 
-    What is trained is said by patterns over the paths of the parameters, which `jaxgrad inspect
-    MODEL` lists. Everything else is frozen: no gradient, no optimizer state, and the same bits
-    afterwards.
+    Patterns over the paths of the parameters, which `jaxgrad inspect MODEL` lists, select what to
+    train. Everything else is frozen: no gradient, no optimizer state, bit-identical afterwards.
 
     $ jaxgrad finetune
     $ jaxgrad finetune --train "head/**" "layers/1/**" --epochs 50 --schedule cosine
     $ jaxgrad finetune --train "**/bias" --checkpoint runs/biases --resume
     $ jaxgrad finetune --from mnist_model.pt --data mnist/
 
-    A PyTorch file that holds a whole module is read without PyTorch and without running its code.
-    Where it can't tell how its layers run, say `--forward flatten fc1 relu fc2 relu fc3`: layers
-    by name, and functions of jax.nn.
+    A PyTorch file of a whole module is read without PyTorch and without running its code. If it
+    does not show how its layers run, pass `--forward flatten fc1 relu fc2 relu fc3`: layers by
+    name, and functions of jax.nn.
     """
 
     source: Annotated[Path | None, tyro.conf.arg(name="from", metavar="PATH")] = None
-    """The pretrained model. Without it runs/pretrained, made by `jaxgrad pretrain` if missing."""
+    """The pretrained model. By default runs/pretrained, made by `jaxgrad pretrain` if missing."""
     out: Path = Path("runs/finetuned")
-    """Directory to save the model in. An earlier model of that name is replaced."""
+    """Directory to save the model in. Replaces an earlier model there."""
     train: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATTERN ...")] = ()
     """Patterns of the parameters to train; "!pattern" excludes. By default the last layer."""
     forward: Annotated[tuple[str, ...], tyro.conf.arg(metavar="STEP ...")] = ()
-    """How the layers of a PyTorch file run, where that can't be known."""
+    """How the layers of a PyTorch file run, if the file does not show it."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """MNIST or Fashion-MNIST: a directory with the four IDX files, or an .npz file."""
     classes: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...")] = (5, 6, 7, 8, 9)
-    """Labels to re-train on."""
+    """Labels to retrain on."""
 
     def run(self) -> None:
-        """Loads, re-trains, reports and saves."""
+        """Loads, retrains, reports and saves."""
         if self.epochs < 1:
             raise ValueError(f"--epochs {self.epochs}; it must be 1 or more.")
         console = self.join()
@@ -99,7 +98,7 @@ class Finetune(Training):
 
 
 def last_layer(model: Classifier) -> str:
-    """The pattern of our models' head, or of the last layer of another's that has parameters."""
+    """The pattern of the head of our models, or of another model's last layer with parameters."""
     if model.config["model"] == "mlp":
         return "head/**"
     owners = {path.rpartition("/")[0] for path in jg.paths(model.params)}

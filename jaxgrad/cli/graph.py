@@ -1,4 +1,4 @@
-"""`jaxgrad graph`: a picture of a model and of what is trained."""
+"""`jaxgrad graph`: draws a model and what is trained."""
 
 import dataclasses
 from pathlib import Path
@@ -17,24 +17,24 @@ from jaxgrad.cli.finetune import last_layer
 class Graph:
     """Draw a model's loss: its parameters and operations, what is trained, and what is frozen.
 
-    The value that a staged fine-tune stores, where the frozen part ends, is marked.
+    Marks the value that a staged fine-tune stores, at the end of the frozen part.
 
     $ jaxgrad graph --out mlp.svg
     $ jaxgrad graph --from runs/finetuned --train "layers/1/**" "head/**" --depth 1 --out mlp.png
     """
 
     source: Annotated[Path, tyro.conf.arg(name="from", metavar="PATH")] = Path("runs/pretrained")
-    """The model, as `jaxgrad finetune --from` takes it."""
+    """The model, as for `jaxgrad finetune --from`."""
     out: Path = Path("graph.svg")
-    """Where to write: .svg, .png, .dot (Graphviz) or .mmd (Mermaid)."""
+    """The file to write: .svg, .png, .dot (Graphviz) or .mmd (Mermaid)."""
     train: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATTERN ...")] = ()
     """Patterns of the parameters to train; "!pattern" excludes. By default the last layer."""
     forward: Annotated[tuple[str, ...], tyro.conf.arg(metavar="STEP ...")] = ()
-    """How the layers of a PyTorch file run, where that can't be known."""
+    """How the layers of a PyTorch file run, if the file does not show it."""
     depth: int | None = None
-    """Draw modules to this depth as a box each, or operations: 0. By default what is readable."""
+    """Draw each module at this depth as a box; 0 draws operations. By default a readable depth."""
     batch_size: int = 64
-    """Rows of the batch that is drawn."""
+    """The batch size to draw."""
 
     def run(self) -> None:
         """Traces, draws and writes."""

@@ -1,4 +1,4 @@
-"""`jaxgrad inspect`: what is in a checkpoint or a PyTorch file."""
+"""`jaxgrad inspect`: lists the contents of a checkpoint or a PyTorch file."""
 
 import dataclasses
 from pathlib import Path
@@ -18,9 +18,9 @@ class Inspect:
     $ jaxgrad inspect runs/finetuned
     $ jaxgrad inspect mnist_model.pt
 
-    A directory is a checkpoint: of jaxgrad, or any tree that Orbax saved. A file is PyTorch's, or
-    safetensors, or the index of a sharded model (model.safetensors.index.json): read without
-    PyTorch, and without running the code that such a file may hold. Arrays are not read.
+    A directory is a checkpoint of jaxgrad, or any tree that Orbax saved. A file is PyTorch's, or
+    safetensors, or the index of a sharded model (model.safetensors.index.json). Files are read
+    without PyTorch and without running code in them. Arrays are not read.
     """
 
     path: tyro.conf.Positional[Path]
@@ -37,7 +37,7 @@ class Inspect:
         info = jg.inspect(self.path)
         console.print(table(str(self.path), info.leaves, info.trained))
         for name, value in info.config.items():
-            if name != "module":  # a page of structure, for the computer
+            if name != "module":  # a page of structure, not for people
                 console.print(f"{name}: {value}")
 
     def _torch(self, console) -> None:

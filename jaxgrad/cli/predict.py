@@ -1,4 +1,4 @@
-"""`jaxgrad predict`: what a model sees in pictures and arrays."""
+"""`jaxgrad predict`: classifies images and arrays."""
 
 import dataclasses
 import math
@@ -18,8 +18,8 @@ from jaxgrad.cli._classifier import Classifier
 class Predict:
     """Read digits from image files (PNG, JPEG, ...) or arrays (.npy, .npz).
 
-    Images are turned grey and resized to the model's; arrays hold one image or many. The models
-    know light digits on a dark ground, as MNIST has them: use `--invert` for ink on paper.
+    Images are converted to greyscale and resized for the model; arrays hold one image or many. The
+    models expect light digits on a dark background, as in MNIST: use `--invert` for ink on paper.
 
     $ jaxgrad predict digit.png
     $ jaxgrad predict scans/*.jpg --invert --from runs/pretrained
@@ -30,9 +30,9 @@ class Predict:
     source: Annotated[Path, tyro.conf.arg(name="from")] = Path("runs/finetuned")
     """The model, as saved by `jaxgrad finetune` or `pretrain`, or a PyTorch file of a module."""
     forward: Annotated[tuple[str, ...], tyro.conf.arg(metavar="STEP ...")] = ()
-    """How the layers of a PyTorch file run, where that can't be known; see `finetune`."""
+    """How the layers of a PyTorch file run, if the file does not show it; see `finetune`."""
     invert: bool = False
-    """Take dark for light and light for dark."""
+    """Invert light and dark."""
 
     def run(self) -> None:
         """Reads the files and prints a table of predictions."""
@@ -69,7 +69,7 @@ def _read(file: Path, side: int) -> np.ndarray:
     images = images.astype(np.float32) / (255 if array.dtype == np.uint8 else 1)
     if not (images.min() >= 0 and images.max() <= 1):
         raise data.DataError(
-            f"'{file}' holds numbers from {images.min():g} to {images.max():g}; images are uint8, "
+            f"'{file}' holds values from {images.min():g} to {images.max():g}; images are uint8, "
             "or between 0 and 1."
         )
     return images

@@ -1,4 +1,4 @@
-"""`jaxgrad pretrain`: a model to fine-tune."""
+"""`jaxgrad pretrain`: trains a model to fine-tune."""
 
 import dataclasses
 from pathlib import Path
@@ -17,8 +17,8 @@ from jaxgrad.cli._training import Training
 class Pretrain(Training):
     """Train an MLP on handwritten digits, by default 0 to 4, and save it.
 
-    The saved model is what `jaxgrad finetune` starts from. All its parameters are trained, with
-    SGD and momentum. Without `--data` the digits are the 1,797 that come with scikit-learn.
+    `jaxgrad finetune` starts from the saved model. All parameters are trained, by SGD with
+    momentum. Without `--data`, the digits are the 1,797 that come with scikit-learn.
 
     $ jaxgrad pretrain --hidden 512 512 --epochs 40
     $ jaxgrad pretrain --data fashion-mnist/ --classes 0 1 2 3 4 --out runs/fashion
@@ -33,7 +33,7 @@ class Pretrain(Training):
     hidden: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...")] = (512, 512, 256)
     """Widths of the hidden layers."""
     overwrite: bool = False
-    """Replace the model that is in --out."""
+    """Replace the model in --out."""
 
     def run(self) -> None:
         """Trains, reports and saves."""
@@ -62,5 +62,5 @@ class Pretrain(Training):
 
 
 def digits_or_files(path: Path | None, classes: tuple[int, ...]) -> data.Splits:
-    """The embedded digits, or the files that the user names."""
+    """The embedded digits, or the user's files."""
     return data.digits(classes) if path is None else data.mnist(path, classes)

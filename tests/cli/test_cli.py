@@ -51,7 +51,7 @@ def test_finetune_reports_what_it_trains(runs, capsys):
     argv = ["finetune", "--from", runs / "pretrained", "--out", runs / "b", "--epochs", "1"]
     status, out, err = output(capsys, *argv, "--train", "**/bias", "!head/**")
     assert status == 0 and err == ""
-    assert "12,730 numbers, 50.9 kB, 16 trained" in out
+    assert "12,730 elements, 50.9 kB, 16 trained" in out
     assert "0.0% before" in out
     assert "mean loss" in out
     assert jg.inspect(runs / "b").trained == ("layers/0/bias",)
@@ -201,7 +201,7 @@ def test_layers_that_run_in_an_order_of_ones_own(tmp_path, capsys):
         (["predict", "--from", "{}/pretrained", "{}/small.npy"], "holds [5, 5]; the model takes"),
         (
             ["predict", "--from", "{}/pretrained", "{}/wild.npy"],
-            "holds numbers from -3 to -3; images",
+            "holds values from -3 to -3; images",
         ),
         (["predict", "--from", "{}/pretrained", "{}/two.npz"], "it holds a, b; expected one array"),
         (["predict", "--from", "{}/pretrained", "{}/empty.npy"], "'{}/empty.npy' can't be read"),
@@ -222,7 +222,7 @@ def test_layers_that_run_in_an_order_of_ones_own(tmp_path, capsys):
             ["finetune", "--from", "{}/pretrained", "--data", "{}/mnist"],
             "no data at '{}/mnist': there is no such file or directory.",
         ),
-        (["pretrain", "--classes", "12"], "classes=[12] leaves no digit; they are 0 to 9."),
+        (["pretrain", "--classes", "12"], "classes=[12] leaves no digit; the digits are 0 to 9."),
         (
             ["pretrain", "--hidden", "4", "--epochs", "1", "--out", "{}/pretrained"],
             "'{}/pretrained' exists. Choose another path, or pass overwrite=True.",

@@ -117,6 +117,6 @@ def test_nobody_says_where_the_others_are(monkeypatch, tmp_path, capsys):
     assert main(["finetune", "--out", str(tmp_path / "out"), "--distributed"]) == 1
     assert (
         "--distributed: the processes don't find each other (coordinator_address should be "
-        "defined.). Say where and who they are: --coordinator HOST:PORT --num-processes N "
-        "--process-id I."
+        "defined.). Pass their address and number: --coordinator HOST:PORT "
+        "--num-processes N --process-id I."
     ) in capsys.readouterr().err
