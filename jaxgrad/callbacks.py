@@ -1,9 +1,9 @@
-"""What `fit` calls between its chunks: evaluation, early stopping, writers.
+"""Callbacks of `fit`, called between chunks: evaluation, early stopping, writers.
 
-A callback is a function of the `TrainState` that returns what is to be added to the record of the
-chunk. Those here keep no state of their own: what they need is in `state.history`, which a run that
-is resumed has back, so that they go on as if it had not ended. They are called in the order given,
-and each sees what those before it have added.
+A callback is a function of the `TrainState` that returns additions to the record of the chunk. The
+callbacks here keep no state: they read `state.history`, which a resumed run restores, so they
+continue as if the run had not ended. They run in the order given, and each sees what earlier ones
+added.
 """
 
 import json
@@ -32,20 +32,20 @@ def evaluate(
     batch_size: int = 256,
     prefix: str = "test_",
 ) -> Callback:
-    """Returns a callback that evaluates the model on other rows.
+    """Returns a callback that evaluates the model on a dataset.
 
     Args:
-        metrics: `metrics(params, batch)`, pure, to a dict of scalars that are means over the rows
-            of the batch.
-        dataset: a pytree of arrays with one first axis, the rows.
-        batch_size: rows at a time.
-        prefix: goes before the names in the record.
+        metrics: a pure function `metrics(params, batch)` that returns a dict of scalars, each a
+            mean over the examples of the batch.
+        dataset: a pytree of arrays with the examples along axis 0.
+        batch_size: examples at a time.
+        prefix: prepended to the names in the record.
 
     Returns:
-        A callback that adds the means over all rows.
+        A callback that adds the means over all examples to the record.
 
     Raises:
-        ValueError: the arrays of the dataset differ in their rows, or `batch_size` is below 1.
+        ValueError: the arrays of the dataset differ in length, or `batch_size` is below 1.
 
     Example:
         >>> import jax.numpy as jnp, optax, jaxgrad as jg
@@ -84,22 +84,22 @@ def early_stopping(
     mode: Literal["min", "max"] = "min",
     min_delta: float = 0.0,
 ) -> Callback:
-    """Returns a callback that ends the run when a metric no longer gets better.
+    """Returns a callback that ends the run when a metric stops improving.
 
     Args:
-        metric: a name in the records of the history, as `loss` or what a callback before adds.
-        patience: how many chunks without a better value to bear; one more ends the run.
-        mode: whether less or more is better.
-        min_delta: how much better, in the units of the metric, counts as better.
+        metric: a name in the records of the history: `loss`, or what an earlier callback adds.
+        patience: how many chunks without improvement to tolerate; one more ends the run.
+        mode: whether lower ("min") or higher ("max") is better.
+        min_delta: the smallest change that counts as an improvement.
 
     Returns:
-        A callback, to put last: those after it are not called for the chunk that it ends the run
-        at. To have the parameters of the best chunk back, keep them:
+        A callback. Put it last: those after it are not called for the chunk at which it ends the
+        run. To get the parameters of the best chunk back, keep them:
         `Checkpoints(..., best=1, metric=metric, mode=mode)`.
 
     Raises:
-        ValueError: `patience` is below 0, or there is no such `mode`; and in training, the metric
-            is not in the record.
+        ValueError: `patience` is below 0 or `mode` is unknown; during training, the metric is not
+            in the record.
 
     Example:
         >>> import jax.numpy as jnp, optax, jaxgrad as jg
@@ -137,17 +137,17 @@ def early_stopping(
 
 
 def write_jsonl(path: str | PathLike[str]) -> Callback:
-    """Returns a callback that writes the history as JSON, a record a line.
+    """Returns a callback that writes the history as JSON, one record per line.
 
     Args:
-        path: the file. A resumed run replaces what it holds by the history of the run, so that no
-            record is there twice.
+        path: the file. A resumed run replaces its content by the history of the run, so that no
+            record appears twice.
 
     Returns:
-        A callback. Of several processes the first alone writes.
+        A callback. Of several processes, only the first writes.
 
     Raises:
-        OSError: in training, the file can't be written.
+        OSError: during training, the file can't be written.
 
     Example:
         >>> import tempfile, jax.numpy as jnp, optax, jaxgrad as jg
@@ -189,10 +189,10 @@ def write_tensorboard(directory: str | PathLike[str]) -> Callback:
     """Returns a callback that writes the history for TensorBoard.
 
     Args:
-        directory: where `tensorboard --logdir` looks.
+        directory: the directory to pass to `tensorboard --logdir`.
 
     Returns:
-        A callback; the abscissa is the step. Of several processes the first alone writes. It needs
+        A callback; the x axis is the step. Of several processes, only the first writes. It needs
         `pip install 'jaxgrad[tensorboard]'`.
 
     Raises:
@@ -232,10 +232,10 @@ def plot_history(
 
     Args:
         history: `TrainState.history`.
-        path: where to save the picture, by its ending (`.png`, `.svg`, `.pdf`), if anywhere.
+        path: where to save the picture; the suffix (`.png`, `.svg`, `.pdf`) decides the format.
 
     Returns:
-        The `matplotlib.figure.Figure`: what is called a loss on one axis, all else on another.
+        The `matplotlib.figure.Figure`: losses on one axis, everything else on another.
 
     Raises:
         ValueError: the history is empty.
@@ -252,7 +252,7 @@ def plot_history(
     from matplotlib.figure import Figure
 
     if not history:
-        raise ValueError("there is nothing to draw: the history has no record.")
+        raise ValueError("there is nothing to draw: the history has no records.")
     names = dict.fromkeys(name for record in history for name in record)
     names = [n for n in names if n not in ("step", "epoch", "rows_per_s", "skipped")]
     panels = [[n for n in names if "loss" in n], [n for n in names if "loss" not in n]]

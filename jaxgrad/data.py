@@ -1,8 +1,8 @@
-"""Pictures with labels: scikit-learn's digits, MNIST files that the user has, and noise.
+"""Labelled images: scikit-learn's digits, MNIST from the user's files, and noise.
 
 A dataset is any pytree of arrays that share their first axis; here `{"image", "label"}`, with
 images in float32 between 0 and 1, `[rows, 28, 28]`, and labels in int32, `[rows]`. Nothing is
-downloaded: MNIST comes from files in the formats it is distributed in.
+downloaded: MNIST is read from files in the formats it is distributed in.
 """
 
 import gzip
@@ -29,11 +29,11 @@ _IDX_FILES = {
 
 
 class DataError(ValueError):
-    """A data file that can't be used: the message names the file and what is wrong with it."""
+    """A data file that can't be used: the message names the file and the fault."""
 
 
 class Splits(NamedTuple):
-    """What to train on, and what to measure on."""
+    """A training set and a test set."""
 
     train: Dataset
     test: Dataset
@@ -46,10 +46,10 @@ def digits(classes: Collection[int] = range(10)) -> Splits:
         classes: the digits to keep. Labels stay the digits themselves.
 
     Returns:
-        Every fifth row as `test`, the others as `train`.
+        Every fifth example as `test`, the others as `train`.
 
     Raises:
-        DataError: none of the digits 0 to 9 is left.
+        DataError: `classes` has none of the digits 0 to 9.
         ModuleNotFoundError: scikit-learn is missing.
 
     Example:
@@ -71,7 +71,7 @@ def digits(classes: Collection[int] = range(10)) -> Splits:
     small, labels = load_digits(return_X_y=True)
     keep = np.isin(labels, list(classes))
     if not keep.any():
-        raise DataError(f"classes={list(classes)} leaves no digit; they are 0 to 9.")
+        raise DataError(f"classes={list(classes)} leaves no digit; the digits are 0 to 9.")
     image = _resize(small[keep].reshape(-1, 8, 8) / 16)
     label = labels[keep].astype(np.int32)
     test = np.arange(len(label)) % 5 == 0
@@ -81,7 +81,7 @@ def digits(classes: Collection[int] = range(10)) -> Splits:
 
 
 def mnist(path: str | PathLike[str], classes: Collection[int] = range(10)) -> Splits:
-    """Returns MNIST, Fashion-MNIST or a data set of the same form from files.
+    """Returns MNIST, Fashion-MNIST or a dataset of the same form from files.
 
     Args:
         path: a directory with the four IDX files (`train-images-idx3-ubyte` and so on, with
@@ -90,12 +90,12 @@ def mnist(path: str | PathLike[str], classes: Collection[int] = range(10)) -> Sp
         classes: the labels to keep.
 
     Returns:
-        The train and test rows; `uint8` images are divided by 255.
+        The training and test sets; `uint8` images are divided by 255.
 
     Raises:
-        FileNotFoundError: there are no such files (those expected are named).
-        DataError: a file has the wrong magic number, is cut short or too long, has no such
-            arrays, or images and labels differ in number.
+        FileNotFoundError: the files do not exist (the message names the expected ones).
+        DataError: a file has the wrong magic number, is too short or too long, lacks an array, or
+            images and labels differ in number.
 
     Example:
         >>> from jaxgrad.data import mnist
@@ -114,7 +114,8 @@ def mnist(path: str | PathLike[str], classes: Collection[int] = range(10)) -> Sp
         if image.ndim != 3 or label.ndim != 1 or len(image) != len(label):
             raise DataError(
                 f"'{path}': the {split} images are {list(image.shape)} and the labels "
-                f"{list(label.shape)}; expected [rows, height, width] and [rows], of equal number."
+                f"{list(label.shape)}; expected [rows, height, width] and [rows], with "
+                "as many images as labels."
             )
         keep = np.isin(label, list(classes))
         if not keep.any():
@@ -128,11 +129,11 @@ def mnist(path: str | PathLike[str], classes: Collection[int] = range(10)) -> Sp
 
 
 def noise(rows: int = 64, *, seed: int = 0) -> Dataset:
-    """Returns random images and random targets, as the PyTorch tutorial trains on.
+    """Returns random images and random targets, like those the PyTorch tutorial trains on.
 
     Args:
-        rows: how many.
-        seed: of the random numbers.
+        rows: the number of examples.
+        seed: the seed of the generator.
 
     Returns:
         `{"image": float32[rows, 28, 28], "target": float32[rows, 10]}`, uniform in [0, 1).
@@ -162,7 +163,7 @@ def read_idx(path: str | PathLike[str]) -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no such file.
-        DataError: it is no IDX file, is cut short, or is too long.
+        DataError: the file is not an IDX file, is too short, or is too long.
 
     Example:
         >>> from jaxgrad.data import read_idx
@@ -180,19 +181,19 @@ def read_idx(path: str | PathLike[str]) -> np.ndarray:
         raise DataError(f"'{path}' can't be read: {e}") from e
     if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in _IDX_DTYPES:
         raise DataError(
-            f"'{path}' is no IDX file: it starts with {raw[:4].hex(' ') or 'nothing'}, and an IDX "
-            "file with 00 00, a type (08 for bytes) and the number of axes."
+            f"'{path}' is not an IDX file: it starts with {raw[:4].hex(' ') or 'nothing'}, and "
+            "an IDX file with 00 00, a type (08 for bytes) and the number of axes."
         )
     dtype, ndim = np.dtype(_IDX_DTYPES[raw[2]]), raw[3]
     start = 4 + 4 * ndim
     if len(raw) < start:
-        raise DataError(f"'{path}' is cut short: {len(raw)} bytes do not hold its {ndim} sizes.")
+        raise DataError(f"'{path}' is too short: {len(raw)} bytes can't hold its {ndim} sizes.")
     shape = struct.unpack(f">{ndim}I", raw[4:start])
     expected = start + math.prod(shape) * dtype.itemsize
     if len(raw) != expected:
-        state = "is cut short" if len(raw) < expected else "is too long"
+        state = "is too short" if len(raw) < expected else "is too long"
         raise DataError(
-            f"'{path}' {state}: {len(raw):,} bytes, where {list(shape)} of {dtype.name} and the "
+            f"'{path}' {state}: {len(raw):,} bytes; {list(shape)} of {dtype.name} and the "
             f"header take {expected:,}."
         )
     array = np.frombuffer(raw, dtype, offset=start).reshape(shape)
@@ -233,7 +234,7 @@ def _read_npz(path: Path) -> dict[tuple[str, str], np.ndarray]:
     except (ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as e:
         if isinstance(e, DataError):
             raise
-        raise DataError(f"'{path}' is no .npz file, or a broken one: {e}") from e
+        raise DataError(f"'{path}' is not an .npz file, or is damaged: {e}") from e
 
 
 def _resize(images: np.ndarray, to: int = 28) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The Flax models that the commands train.
 
-The parts of each model are named by what one would freeze: a trunk of `layers`, and a `head`.
+The parts of each model are named by what one would freeze: the trunk, `layers`, and the `head`.
 """
 
 import itertools
@@ -15,10 +15,10 @@ class MLP(nnx.Module):
     """A multilayer perceptron: linear layers with ReLU between them, and a linear head.
 
     Args:
-        features: the number of inputs, 784 for a picture of 28 x 28.
+        features: the number of inputs, 784 for an image of 28 x 28.
         hidden: the widths of the hidden layers.
         classes: the number of outputs.
-        rngs: where the initial weights are drawn from.
+        rngs: the generator of the initial weights.
 
     Example:
         >>> import jax.numpy as jnp, jaxgrad as jg
@@ -54,12 +54,12 @@ class MLP(nnx.Module):
 
 
 class ConvBlock(nnx.Module):
-    """A convolution of 3 x 3, batch normalization, ReLU, and a maximum over 2 x 2.
+    """A 3 x 3 convolution, batch normalization, ReLU, and 2 x 2 max pooling.
 
     Args:
         channels_in: the number of input channels.
         channels: the number of output channels.
-        rngs: where the initial weights are drawn from.
+        rngs: the generator of the initial weights.
     """
 
     def __init__(self, channels_in: int, channels: int, *, rngs: nnx.Rngs):
@@ -72,13 +72,13 @@ class ConvBlock(nnx.Module):
 
 
 class CNN(nnx.Module):
-    """A small convolutional network: blocks that halve the picture, a mean over it, a head.
+    """A small convolutional network: blocks that halve the image, a mean over it, a head.
 
     Args:
-        channels_in: the number of channels of a picture.
-        channels: the numbers of channels of the blocks.
+        channels_in: the number of channels of an image.
+        channels: the number of channels of each block.
         classes: the number of outputs.
-        rngs: where the initial weights are drawn from.
+        rngs: the generator of the initial weights.
 
     Example:
         >>> import jax.numpy as jnp, jaxgrad as jg
@@ -107,7 +107,7 @@ class CNN(nnx.Module):
         self.head = nnx.Linear(channels[-1], classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns the logits, `[rows, classes]`, of pictures `[rows, height, width, channels]`."""
+        """Returns the logits, `[rows, classes]`, of images `[rows, height, width, channels]`."""
         for layer in self.layers:
             x = layer(x)
         return self.head(x.mean((1, 2)))
@@ -120,7 +120,7 @@ class Block(nnx.Module):
         width: the width of a token.
         heads: the number of attention heads.
         hidden: the width of the perceptron.
-        rngs: where the initial weights are drawn from.
+        rngs: the generator of the initial weights.
     """
 
     def __init__(self, width: int, heads: int, hidden: int, *, rngs: nnx.Rngs):
@@ -131,7 +131,7 @@ class Block(nnx.Module):
         self.down = nnx.Linear(hidden, width, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns tokens, `[rows, tokens, width]`, of tokens."""
+        """Maps tokens, `[rows, tokens, width]`, to tokens of the same shape."""
         x = x + self.attention(self.norm1(x))
         return x + self.down(nnx.gelu(self.up(self.norm2(x))))
 
@@ -140,20 +140,20 @@ class ViT(nnx.Module):
     """A vision Transformer: patches as tokens, a class token, pre-norm blocks, and a linear head.
 
     Args:
-        picture: height, width and channels of a picture; the sides are multiples of `patch`.
+        picture: height, width and channels of an image; the sides are multiples of `patch`.
         patch: the side of a square patch.
         width: the width of a token.
         depth: the number of blocks.
         heads: the number of attention heads per block.
         classes: the number of outputs.
-        rngs: where the initial weights are drawn from.
+        rngs: the generator of the initial weights.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxgrad as jg
         >>> from flax import nnx
         >>> from jaxgrad.models import ViT
         >>> make = lambda: ViT((28, 28, 1), patch=7, depth=2, rngs=nnx.Rngs(0))
-        >>> apply, params = jg.functional(nnx.eval_shape(make))  # shapes alone, at no cost
+        >>> apply, params = jg.functional(nnx.eval_shape(make))  # shapes only, at no cost
         >>> jg.select(params, ["head", "layers/1"])
         <Selection: 446,794 of 905,098 elements (49.4%), in 18 of 40 leaves>
         >>> jax.eval_shape(apply, params, jnp.ones((2, 28, 28, 1))).shape
@@ -184,7 +184,7 @@ class ViT(nnx.Module):
         self.head = nnx.Linear(width, classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns the logits, `[rows, classes]`, of pictures `[rows, height, width, channels]`."""
+        """Returns the logits, `[rows, classes]`, of images `[rows, height, width, channels]`."""
         x = self.patches(x)
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         token = jnp.broadcast_to(self.token[...], (x.shape[0], 1, x.shape[-1]))

@@ -84,17 +84,17 @@ def test_idx_of_every_type(tmp_path, dtype, code):
 @pytest.mark.parametrize(
     ("raw", "text"),
     [
-        (b"", "is no IDX file: it starts with nothing, and an IDX file with 00 00, a type"),
-        (b"\x89PNG....", "is no IDX file: it starts with 89 50 4e 47"),
-        (b"\0\0\x07\x01\0\0\0\0", "is no IDX file: it starts with 00 00 07 01"),
-        (b"\0\0\x08\x03\0\0\0\x01", "is cut short: 8 bytes do not hold its 3 sizes."),
+        (b"", "is not an IDX file: it starts with nothing, and an IDX file with 00 00, a type"),
+        (b"\x89PNG....", "is not an IDX file: it starts with 89 50 4e 47"),
+        (b"\0\0\x07\x01\0\0\0\0", "is not an IDX file: it starts with 00 00 07 01"),
+        (b"\0\0\x08\x03\0\0\0\x01", "is too short: 8 bytes can't hold its 3 sizes."),
         (
             idx(IMAGES["t10k"])[:-7],
-            "is cut short: 2,361 bytes, where [3, 28, 28] of uint8 and the header take 2,368.",
+            "is too short: 2,361 bytes; [3, 28, 28] of uint8 and the header take 2,368.",
         ),
-        (idx(LABELS["t10k"]) + b"!", "is too long: 12 bytes, where [3] of uint8"),
+        (idx(LABELS["t10k"]) + b"!", "is too long: 12 bytes; [3] of uint8"),
         (gzip.compress(idx(LABELS["t10k"]), mtime=0)[:-9], "can't be read: "),
-        (b"\0\0\x08\x02" + b"\xff" * 8, "is cut short: 12 bytes, where [4294967295, 4294967295]"),
+        (b"\0\0\x08\x02" + b"\xff" * 8, "is too short: 12 bytes; [4294967295, 4294967295]"),
     ],
     ids=["empty", "png", "type", "sizes", "short", "long", "gzip", "huge"],
 )
@@ -133,7 +133,7 @@ def test_broken_npz_files(tmp_path):
         data.mnist(file)
     for raw in (b"", b"nothing of the kind", file.read_bytes()[:200]):
         file.write_bytes(raw)
-        with pytest.raises(data.DataError, match=r"is no .npz file, or a broken one"):
+        with pytest.raises(data.DataError, match=r"is not an .npz file, or is damaged"):
             data.mnist(file)
 
 
