@@ -123,7 +123,7 @@ def early_stopping(
         if metric not in state.history[-1]:
             found = ", ".join(map(repr, state.history[-1]))
             raise ValueError(
-                f"early_stopping: there is no {metric!r} in the record, which has {found}. Put it "
+                f"early_stopping: the record has no {metric!r}; it has {found}. Put early_stopping "
                 "after the callback that adds the metric."
             )
         best, since = np.inf, 0

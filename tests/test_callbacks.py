@@ -76,7 +76,7 @@ def test_early_stopping_errors():
         early_stopping("loss", patience=-1)
     with pytest.raises(ValueError, match="mode='least'; it must be 'min' or 'max'"):
         early_stopping("loss", patience=1, mode="least")
-    with pytest.raises(ValueError, match=r"no 'val_loss' in the record, which has 'step', 'epoch'"):
+    with pytest.raises(ValueError, match=r"the record has no 'val_loss'; it has 'step', 'epoch'"):
         fit(early_stopping("val_loss", patience=1))
 
 

@@ -319,7 +319,7 @@ NEVER_CONSTANT = frozenset([*_COLLECTIVES.split(), "rng_uniform"])
 
 _REASONS = {
     # A rule could follow these, but none does yet.
-    "writes at indices, which may lie in other examples": """
+    "writes at indices, which may belong to other examples": """
         scatter scatter-add scatter-max scatter-min scatter-mul scatter-sub
     """,
     "reduces with a function of its own, which is not followed": "reduce reduce_window",
@@ -336,7 +336,7 @@ _REASONS = {
     "marks a value for the compiler, which is not followed": """
         dce_sink program_order tie xla_metadata_value
     """,
-    "says how a value lies on the devices, which is not followed": """
+    "places a value on the devices, which is not followed": """
         layout_constraint preduced pvary reduced_vary_cast reduced_vary_cast_p relayout reshard
         shard_alike vary_unreduced_cast vary_unreduced_cast_p with_memory_space_constraint
     """,
@@ -363,7 +363,7 @@ _REASONS = {
         scaled_matmul_wrapper
     """,
     # Randomness: what an example draws depends on its position in the batch.
-    "draws random numbers for the whole batch at once": """
+    "draws random values for the complete batch at once": """
         philox2x32 philox4x32 random_bits random_gamma rng_bit_generator rng_uniform threefry2x32
         threefry4x32
     """,
@@ -375,7 +375,7 @@ _REASONS = {
         accum_grad_in_ref addupdate box_get box_set broadcast_to create_linear empty_ref free_ref
         freeze get log_extend log_read new_box new_log new_ref pin swap unpin
     """,
-    "checks the whole batch at once": "check",
+    "checks the complete batch at once": "check",
     # Devices.
     "depends on the devices that the examples are on": _COLLECTIVES,
     # No example reaches these: they have no inputs, or never occur in a finished program.

@@ -172,7 +172,7 @@ MIXING = {
         lambda x: x + jax.random.normal(jax.random.key(0), x.shape),
         "position in the batch",
     ),
-    "scatter": (lambda x: x.at[:, 0].set(1.0), "scatter at .* writes at indices, which may lie"),
+    "scatter": (lambda x: x.at[:, 0].set(1.0), "scatter at .* writes at indices, which may belong"),
     "callback": (
         lambda x: jax.pure_callback(lambda a: a, x, x),
         "pure_callback at .* calls a Python function, which may do anything with the batch",
@@ -227,4 +227,4 @@ def test_a_batch_as_large_as_another_size_is_not_taken_for_it():
 
 def test_noise_without_a_key_is_no_constant():
     refused = place(lambda x: x * lax.rng_uniform(0.0, 1.0, ()))[1]
-    assert "draws random numbers" in str(refused[0])
+    assert "draws random values" in str(refused[0])
