@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxgrad._audit.train_step import Recipe
 from jaxgrad._tree.bitwise import wide
@@ -41,7 +42,7 @@ class Causes:
 
 
 def causes(
-    recipe: Recipe, grads: PyTree, fresh: Any, warm: Any, trained: Sequence[bool], steps: int
+    recipe: Recipe, grads: PyTree, fresh: PyTree, warm: PyTree, trained: Sequence[bool], steps: int
 ) -> Causes:
     """Finds what moves each leaf.
 
@@ -98,7 +99,7 @@ def _total(recipe: Recipe, steps: int) -> Callable[..., list[Any]]:
     """The sum of some updates by one gradient, for each leaf; None for a hole."""
     update = jax.jit(recipe.update)
 
-    def total(grads: PyTree, state: Any, arrays: Sequence[Any]) -> list[Any]:
+    def total(grads: PyTree, state: PyTree, arrays: Sequence[jax.Array]) -> list[Any]:
         sums: list[Any] = []
         for _ in range(steps):
             updates, state = update(grads, state, arrays)
@@ -112,7 +113,7 @@ def _total(recipe: Recipe, steps: int) -> Callable[..., list[Any]]:
     return total
 
 
-def _differ(a: Any, b: Any, tolerance: float = 0.0) -> bool:
+def _differ(a: np.ndarray | None, b: np.ndarray | None, tolerance: float = 0.0) -> bool:
     """Whether two sums differ; rounding is none of our business where a tolerance is given."""
     if a is None or b is None:
         return False
@@ -120,7 +121,7 @@ def _differ(a: Any, b: Any, tolerance: float = 0.0) -> bool:
     return bool(np.any(~near & ~((a == b) | (np.isnan(a) & np.isnan(b)))))
 
 
-def _parallel(push: np.ndarray, grad: Any) -> bool:
+def _parallel(push: np.ndarray, grad: ArrayLike) -> bool:
     """Whether a leaf is pushed along its gradient, up the loss."""
     with np.errstate(all="ignore"):
         a, b = push.ravel(), wide(grad).ravel()
@@ -128,5 +129,5 @@ def _parallel(push: np.ndarray, grad: Any) -> bool:
     return bool(cosine > 0.5)
 
 
-def _is_float(x: Any) -> bool:
+def _is_float(x: jax.Array) -> bool:
     return bool(jnp.issubdtype(x.dtype, jnp.inexact))

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxgrad._audit import rules
 from jaxgrad._audit.ablation import causes
@@ -41,13 +42,13 @@ def audit(
     loss: Callable[..., Any],
     params: PyTree,
     batch: PyTree,
-    tx: Any,
+    tx: optax.GradientTransformation,
     wrt: Wrt | None = None,
     *,
     grad: Callable[..., PyTree] | None = None,
     step: Callable[..., Any] | None = None,
-    opt_state: Any = None,
-    previous: Any = None,
+    opt_state: PyTree = None,
+    previous: PyTree = None,
     saved: PyTree | str | PathLike[str] | None = None,
     has_aux: bool = False,
     steps: int = 4,
@@ -112,7 +113,7 @@ def audit(
     def value(params: PyTree, batch: PyTree) -> Any:
         return loss(params, batch)[0] if has_aux else loss(params, batch)
 
-    made = recipe(value, params, batch, tx, trained, grad, step)
+    made = recipe(value, params, batch, tx, trained, grad=grad, step=step)
     before = made.arrays
     fresh = made.init(before)
     start = fresh if opt_state is None else opt_state
@@ -158,7 +159,9 @@ def audit(
     )
 
 
-def _trained(params: PyTree, tx: Any, wrt: Wrt | None) -> tuple[Flat, list[bool]]:
+def _trained(
+    params: PyTree, tx: optax.GradientTransformation, wrt: Wrt | None
+) -> tuple[Flat, list[bool]]:
     """The parameters, and which of them are meant to be trained."""
     if wrt is None:
         wrt = tx.assign(params).wrt if isinstance(tx, ParamGroups) else "**"
@@ -171,7 +174,7 @@ def _trained(params: PyTree, tx: Any, wrt: Wrt | None) -> tuple[Flat, list[bool]
 
 
 def _run(
-    step: Callable[..., Any], arrays: list[Any], state: Any, batch: PyTree, steps: int
+    step: Callable[..., Any], arrays: list[Any], state: PyTree, batch: PyTree, steps: int
 ) -> tuple[list[Any], Any]:
     # Someone's step may take over the buffers that it is given.
     arrays, state = jax.tree.map(jnp.copy, (arrays, state))

@@ -14,6 +14,7 @@ from jax.extend import core as jex
 
 from jaxgrad._jaxpr.flops import flops, nbytes
 from jaxgrad._jaxpr.views import Call, view
+from jaxgrad._tree.flat import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Cost:
     peak: int
 
 
-def measured(fun: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], Cost]:
+def measured(fun: Callable[..., Any], *args: PyTree) -> tuple[Callable[..., Any], Cost]:
     """Returns a function that does what `fun` does for arguments like these, and what that costs.
 
     Args:

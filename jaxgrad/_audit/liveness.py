@@ -25,7 +25,7 @@ Liveness: TypeAlias = Literal["computed", "dropped", "zero", "none", "unknown"]
 _PREFIX = "jaxgrad gradient "
 
 
-def liveness(recipe: Recipe, state: Any, batch: PyTree, grads: PyTree) -> list[Liveness]:
+def liveness(recipe: Recipe, state: PyTree, batch: PyTree, grads: PyTree) -> list[Liveness]:
     """Says for each leaf of the parameters what becomes of its gradient in a step.
 
     Args:
@@ -37,7 +37,7 @@ def liveness(recipe: Recipe, state: Any, batch: PyTree, grads: PyTree) -> list[L
     flows = _flows(recipe, batch)
     live = set() if recipe.own_step else _read(recipe, state, batch)
 
-    def of(i: int, grad: Any) -> Liveness:
+    def of(i: int, grad: PyTree) -> Liveness:
         if is_hole(grad):
             return "none"
         if i not in flows and not np.any(np.asarray(grad)):
@@ -66,7 +66,7 @@ def _flows(recipe: Recipe, batch: PyTree) -> set[int]:
     }
 
 
-def _read(recipe: Recipe, state: Any, batch: PyTree) -> set[int] | None:
+def _read(recipe: Recipe, state: PyTree, batch: PyTree) -> set[int] | None:
     """The leaves whose gradients something in the step reads; None where all are computed."""
     if recipe.leaves_its_jit:
         return None
@@ -80,7 +80,7 @@ def _read(recipe: Recipe, state: Any, batch: PyTree) -> set[int] | None:
             ]
         )
 
-    def step(arrays: Sequence[Any], state: Any, batch: PyTree) -> Any:
+    def step(arrays: Sequence[Any], state: PyTree, batch: PyTree) -> Any:
         return recipe.step(arrays, state, batch, named)
 
     closed = jax.make_jaxpr(step)(recipe.arrays, state, batch)

@@ -9,15 +9,15 @@ import numpy as np
 from jaxgrad._checkpoint.params import inspect
 from jaxgrad._text import nbytes
 from jaxgrad._tree.bitwise import host
-from jaxgrad._tree.flat import Flat, flatten, is_array, paths
+from jaxgrad._tree.flat import Flat, PyTree, flatten, is_array, paths
 
 
-def state_bytes(flat: Flat, state: Any) -> list[int]:
+def state_bytes(flat: Flat, state: PyTree) -> list[int]:
     """For each leaf, the bytes of the optimizer's state that is its own."""
     return [sum(map(nbytes, arrays)) for arrays in _states(flat, state).values()]
 
 
-def _states(flat: Flat, state: Any) -> dict[str, list[Any]]:
+def _states(flat: Flat, state: PyTree) -> dict[str, list[Any]]:
     """For each leaf, the arrays of the optimizer's state whose path ends in its path."""
     held: dict[str, list[Any]] = {path: [] for path in flat.paths}
     flat = flatten(state)
@@ -30,7 +30,7 @@ def _states(flat: Flat, state: Any) -> dict[str, list[Any]]:
     return held
 
 
-def forgotten(flat: Flat, previous: Any, start: Any, fresh: Any) -> list[str]:
+def forgotten(flat: Flat, previous: PyTree, start: PyTree, fresh: PyTree) -> list[str]:
     """The paths whose state was that of a run, and is that of a new optimizer now."""
     then, now, new = (_states(flat, state) for state in (previous, start, fresh))
     return [
@@ -45,7 +45,7 @@ def _equal(some: Sequence[Any], others: Sequence[Any]) -> bool:
     return len(some) == len(others) and all(map(np.array_equal, map(host, some), map(host, others)))
 
 
-def unsaved(flat: Flat, saved: Any) -> list[str]:
+def unsaved(flat: Flat, saved: PyTree | str | PathLike[str] | None) -> list[str]:
     """The paths of arrays that are not among those that are saved."""
     if saved is None:
         return []

@@ -13,9 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from jaxgrad._optim.apply_updates import apply_updates
-from jaxgrad._optim.param_groups import ParamGroupsState
+from jaxgrad._optim.param_groups import holds_groups
 from jaxgrad._tree.flat import (
     Flat,
     PyTree,
@@ -50,7 +51,7 @@ class Recipe:
 
     flat: Flat
     loss: Callable[..., Any]
-    tx: Any
+    tx: optax.GradientTransformation
     differentiate: Callable[..., PyTree]
     own_step: Callable[..., Any] | None
     graded: tuple[bool, ...]
@@ -90,14 +91,14 @@ class Recipe:
         grads = self.differentiate(self.tree(arrays), batch)
         return halves(flatten(grads), self.graded)[0]
 
-    def update(self, grads: PyTree, state: Any, arrays: Sequence[Any]) -> tuple[PyTree, Any]:
+    def update(self, grads: PyTree, state: PyTree, arrays: Sequence[Any]) -> tuple[PyTree, Any]:
         """The updates and the new state."""
         return self.tx.update(grads, state, self.held(arrays))
 
     def step(
         self,
         arrays: Sequence[Any],
-        state: Any,
+        state: PyTree,
         batch: PyTree,
         observe: Callable[[PyTree], PyTree] = lambda grads: grads,
     ) -> tuple[list[Any], Any]:
@@ -140,8 +141,9 @@ def recipe(
     loss: Callable[..., Any],
     params: PyTree,
     batch: PyTree,
-    tx: Any,
+    tx: optax.GradientTransformation,
     trained: Sequence[bool],
+    *,
     grad: Callable[..., PyTree] | None = None,
     step: Callable[..., Any] | None = None,
 ) -> Recipe:
@@ -159,7 +161,7 @@ def recipe(
     flat = flatten(params)
     floats = tuple(is_array(x) and _is_inexact(x) for x in flat.leaves)
     if grad is None:
-        holes = _has_groups(tx, halves(flat, floats)[0])
+        holes = holds_groups(jax.eval_shape(tx.init, halves(flat, floats)[0]))
         graded = tuple(f and (t or not holes) for f, t in zip(floats, trained, strict=True))
         return Recipe(flat, loss, tx, _gradient(loss, graded), step, graded, graded != floats)
     # Abstract arrays would do for most, but someone's `grad` may look at its arguments.
@@ -192,15 +194,5 @@ def _gradient(loss: Callable[..., Any], graded: Sequence[bool]) -> Callable[...,
     return grad
 
 
-def _has_groups(tx: Any, params: PyTree) -> bool:
-    """Whether jaxgrad's groups are in a transformation, however deep: its state tells."""
-
-    def is_groups(x: Any) -> bool:
-        return isinstance(x, ParamGroupsState)
-
-    state = jax.eval_shape(tx.init, params)
-    return any(map(is_groups, jax.tree.leaves(state, is_leaf=is_groups)))
-
-
-def _is_inexact(x: Any) -> bool:
+def _is_inexact(x: ArrayLike) -> bool:
     return bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))

@@ -24,6 +24,7 @@ from jaxgrad._tree.wrt import Wrt, match
 
 if TYPE_CHECKING:
     from flax import linen, nnx
+    from flax.linen.module import InterceptorContext
 
 _MODES = ("deterministic", "use_running_average")  # the attributes by which Flax tells the mode
 
@@ -36,17 +37,19 @@ class Apply(Protocol):
         """The statistics that the model had: a dict, empty where it has none."""
         ...
 
-    def __call__(self, params: PyTree, *args: Any, stats: PyTree = None, **kwargs: Any) -> Any:
+    def __call__(
+        self, params: PyTree, *args: object, stats: PyTree = None, **kwargs: object
+    ) -> Any:
         """Returns the model's output in inference mode, with `stats` or those it had."""
         ...
 
     def train(
         self,
         params: PyTree,
-        *args: Any,
+        *args: object,
         stats: PyTree = None,
         key: jax.Array | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> tuple[Any, PyTree]:
         """Returns the model's output in training mode, and the new statistics."""
         ...
@@ -132,16 +135,18 @@ class _NnxApply:
     templates: tuple[Flat, Flat, Flat]  # parameters, random state, statistics
     split: Callable[[Any], tuple[Any, Any, Any, Any]]
 
-    def __call__(self, params: PyTree, *args: Any, stats: PyTree = None, **kwargs: Any) -> Any:
+    def __call__(
+        self, params: PyTree, *args: object, stats: PyTree = None, **kwargs: object
+    ) -> Any:
         return self._build(self.inference, params, stats, None)(*args, **kwargs)
 
     def train(
         self,
         params: PyTree,
-        *args: Any,
+        *args: object,
         stats: PyTree = None,
         key: jax.Array | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> tuple[Any, PyTree]:
         model = self._build(self.training, params, stats, key)
         before = flatten(self.split(model)[2])
@@ -151,7 +156,9 @@ class _NnxApply:
             _refuse_draws(before, flatten(random))
         return out, _pure(new_stats)
 
-    def _build(self, graph: Any, params: PyTree, stats: PyTree, key: jax.Array | None) -> Any:
+    def _build(
+        self, graph: "nnx.GraphDef", params: PyTree, stats: PyTree, key: jax.Array | None
+    ) -> Any:
         from flax import nnx
 
         template, random, stats_template = self.templates
@@ -198,7 +205,9 @@ class _LinenApply:
     is_frozen: Callable[[str], bool]
     template: Flat
 
-    def __call__(self, params: PyTree, *args: Any, stats: PyTree = None, **kwargs: Any) -> Any:
+    def __call__(
+        self, params: PyTree, *args: object, stats: PyTree = None, **kwargs: object
+    ) -> Any:
         from flax import linen
 
         with linen.intercept_methods(_in_modes(lambda layer: True)):
@@ -207,10 +216,10 @@ class _LinenApply:
     def train(
         self,
         params: PyTree,
-        *args: Any,
+        *args: object,
         stats: PyTree = None,
         key: jax.Array | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> tuple[Any, PyTree]:
         from flax import errors, linen
 
@@ -236,7 +245,9 @@ def _in_modes(is_frozen: Callable[[str], bool]) -> Callable[..., Any]:
     The others are in the mode that the model gives them, and in training mode where it gives none.
     """
 
-    def interceptor(call: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
+    def interceptor(
+        call: Callable[..., Any], args: tuple, kwargs: dict, context: "InterceptorContext"
+    ) -> Any:
         layer = context.module
         modes = [mode for mode in _MODES if hasattr(layer, mode)]
         if not modes:
@@ -281,7 +292,7 @@ def _layer_is_frozen(params: PyTree, wrt: Wrt) -> Callable[[str], bool]:
     return is_frozen
 
 
-def _pure(state: Any) -> PyTree:
+def _pure(state: PyTree) -> PyTree:
     from flax import nnx
 
     return nnx.to_pure_dict(state)

@@ -48,7 +48,7 @@ def apply_updates(params: T, updates: PyTree) -> T:
     return p.treedef.unflatten([_apply(p, i, update) for i, update in enumerate(u.leaves)])
 
 
-def _apply(params: Flat, i: int, update: Any) -> Any:
+def _apply(params: Flat, i: int, update: PyTree) -> Any:
     param = params.leaves[i]
     if is_hole(update):
         return param

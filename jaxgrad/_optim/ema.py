@@ -59,7 +59,7 @@ def params_ema(decay: float) -> optax.GradientTransformation:
         return EmaState(jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
 
     def update(
-        updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
+        updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: object
     ) -> tuple[PyTree, EmaState]:
         if params is None:
             raise UpdateError("params_ema averages parameters: tx.update(grads, state, params).")
@@ -70,7 +70,7 @@ def params_ema(decay: float) -> optax.GradientTransformation:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def averaged_params(params: T, opt_state: Any) -> T:
+def averaged_params(params: T, opt_state: PyTree) -> T:
     """Returns the parameters with the averages that `params_ema` keeps, where it keeps any.
 
     Args:

@@ -47,6 +47,15 @@ class ParamGroupsState(NamedTuple):
     groups: tuple[Any, ...]
 
 
+def holds_groups(opt_state: PyTree) -> bool:
+    """Whether an optimizer's state has the state of `param_groups` in it, however deep."""
+
+    def is_groups(node: object) -> bool:
+        return isinstance(node, ParamGroupsState)
+
+    return any(map(is_groups, jax.tree.leaves(opt_state, is_leaf=is_groups)))
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Assignment:
     """Which group takes which leaves; see `ParamGroups.assign`.
@@ -95,7 +104,7 @@ class ParamGroups(optax.GradientTransformationExtraArgs):
             )
 
         def update(
-            updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
+            updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: object
         ) -> tuple[PyTree, Any]:
             return _update(resolved, updates, state, params, extra)
 
@@ -221,7 +230,7 @@ def _update(
 def _call(
     tx: optax.GradientTransformationExtraArgs,
     updates: PyTree,
-    state: Any,
+    state: PyTree,
     params: PyTree | None,
     extra: dict[str, Any],
 ) -> tuple[PyTree, Any]:
@@ -237,7 +246,9 @@ def _call(
     return new, after
 
 
-def _refuse_other_leaves(tx: Any, given: PyTree, state: Any, cause: Exception | None) -> None:
+def _refuse_other_leaves(
+    tx: optax.GradientTransformation, given: PyTree, state: PyTree, cause: Exception | None
+) -> None:
     needed, had = (set(paths(s)) for s in (jax.eval_shape(tx.init, given), state))
     if needed != had:
         lacks, excess = (sorted(map(repr, s)) for s in (needed - had, had - needed))
@@ -298,7 +309,7 @@ def _name(wrt: Wrt, i: int) -> str:
     return f"group {i}, by {'a predicate' if callable(wrt) else 'a tree of booleans'}"
 
 
-def _still(update: Any) -> Any:
+def _still(update: jax.Array) -> Any:
     """The update that changes nothing, not even the sign of a zero."""
     if jnp.issubdtype(jnp.result_type(update), jnp.inexact):
         return -jnp.zeros_like(update)

@@ -4,14 +4,14 @@
 itself. The bytes are compared, and numbers only speak in the message.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxgrad._text import count, listed, spec
-from jaxgrad._tree.flat import PyTree, check_same_structure, flatten, is_array, is_hole
+from jaxgrad._tree.flat import PyTree, check_same_structure, flatten, is_array, is_hole, is_key
 from jaxgrad._tree.wrt import Wrt, match
 
 
@@ -38,8 +38,8 @@ class Change(NamedTuple):
         return f"by up to {self.largest:.3g}"
 
 
-def change(before: Any, after: Any) -> Change | None:
-    """Returns how two arrays of one shape and dtype differ; None where they are bit-identical."""
+def change(before: ArrayLike, after: ArrayLike) -> Change | None:
+    """Returns how two arrays of one shape and dtype differ; None if they are bit-identical."""
     a, b = host(before), host(after)
     bits = [np.atleast_1d(x).view(np.uint8).reshape(x.size, x.itemsize) for x in (a, b)]
     differs = (bits[0] != bits[1]).any(axis=1)
@@ -98,18 +98,18 @@ def assert_frozen(before: PyTree, after: PyTree, wrt: Wrt) -> None:
         )
 
 
-def host(x: Any) -> np.ndarray:
+def host(x: ArrayLike) -> np.ndarray:
     """An array as NumPy has it; a typed PRNG key as its words."""
-    if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if isinstance(x, jax.Array) and is_key(x):
         x = jax.random.key_data(x)
     return np.ascontiguousarray(np.asarray(x))
 
 
-def wide(x: Any) -> np.ndarray:
+def wide(x: ArrayLike) -> np.ndarray:
     """An array in double precision, in which differences and squares of all others fit."""
     x = np.asarray(x)
     return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
 
 
-def _named(x: Any) -> str:
+def _named(x: PyTree) -> str:
     return "a hole" if is_hole(x) else spec(x)

@@ -68,19 +68,20 @@ class Flat:
         return names
 
 
-def is_hole(x: Any) -> bool:
+def is_hole(x: object) -> bool:
     """Whether `x` marks the place of a leaf that is in the other half."""
     return x is None or isinstance(x, Absent)
 
 
-def is_array(x: Any) -> bool:
+def is_array(x: object) -> bool:
     """Whether `x` can be selected: an Equinox module also holds functions and names as leaves."""
     return hasattr(x, "dtype") or isinstance(x, bool | int | float | complex)
 
 
-def is_key(x: Any) -> bool:
+def is_key(x: object) -> bool:
     """Whether `x` is a typed PRNG key, or an array of them."""
-    return hasattr(x, "dtype") and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
+    dtype = getattr(x, "dtype", None)
+    return dtype is not None and jax.numpy.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def flatten(tree: PyTree) -> Flat:
@@ -92,7 +93,7 @@ def variables(tree: PyTree, kind: str = "Variable") -> list[tuple[str, Any]]:
     """The NNX Variables of a kind among the nodes of a tree, by path."""
     kinds = nnx_types(kind)
 
-    def stop(node: Any) -> bool:
+    def stop(node: object) -> bool:
         return isinstance(node, kinds)
 
     if not any(map(stop, jax.tree.leaves(tree, is_leaf=stop))):
@@ -137,7 +138,7 @@ def halves(flat: Flat, chosen: Sequence[bool]) -> tuple[PyTree, PyTree]:
 def abstract(flat: Flat) -> Flat:
     """The same leaves by their shapes and dtypes alone."""
 
-    def of(leaf: Any) -> Any:
+    def of(leaf: PyTree) -> PyTree:
         if is_hole(leaf) or not is_array(leaf):
             return leaf
         dtype = leaf.dtype if hasattr(leaf, "dtype") else jax.numpy.result_type(leaf)

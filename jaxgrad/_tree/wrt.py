@@ -113,7 +113,7 @@ def _match_prefix(flat: Flat, mask: Flat) -> list[bool]:
     return chosen
 
 
-def _decision(answer: Any, path: str) -> bool:
+def _decision(answer: object, path: str) -> bool:
     if isinstance(answer, bool | np.bool_):
         return bool(answer)
     raise SelectionError(
