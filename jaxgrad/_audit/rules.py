@@ -116,6 +116,13 @@ def of_rows(rows: Sequence[Row], steps: int, coupled: Sequence[str]) -> Iterator
     """
     frozen = [r for r in rows if not r.trained]
     trained = [r for r in rows if r.trained]
+    yield from _moved(frozen, steps)
+    yield from _ascending(trained)
+    yield from _read(frozen, coupled)
+    yield from _not_learning(trained, steps)
+
+
+def _moved(frozen: Sequence[Row], steps: int) -> Iterator[Leak]:
     for cause, (why, fix) in _MOVES.items():
         moved = [r for r in frozen if cause in r.why]
         furthest = max((abs(r.change.largest) for r in moved if r.change), default=0.0)
@@ -124,6 +131,9 @@ def of_rows(rows: Sequence[Row], steps: int, coupled: Sequence[str]) -> Iterator
             yield from _leak("moves", moved, f"frozen, and moved {far}in {steps} steps", why, fix)
         else:
             yield from _leak("moves", moved, "frozen, and would move but for its value", why, fix)
+
+
+def _ascending(trained: Sequence[Row]) -> Iterator[Leak]:
     yield from _leak(
         "ascends",
         [r for r in trained if "raw gradient" in r.why],
@@ -132,6 +142,10 @@ def of_rows(rows: Sequence[Row], steps: int, coupled: Sequence[str]) -> Iterator
         "the chain lacks optax.scale(-learning_rate)",
         "let a group take it; jaxgrad.param_groups lists what each takes by .assign(params)",
     )
+
+
+def _read(frozen: Sequence[Row], coupled: Sequence[str]) -> Iterator[Leak]:
+    """The leaks of frozen parameters that cost something: in a norm, a gradient or state."""
     if coupled:
         share = sum(r.share for r in frozen)
         yield from _leak(
@@ -160,6 +174,9 @@ def of_rows(rows: Sequence[Row], steps: int, coupled: Sequence[str]) -> Iterator
         "it was initialised on these parameters too",
         SPLIT,
     )
+
+
+def _not_learning(trained: Sequence[Row], steps: int) -> Iterator[Leak]:
     yield from _leak(
         "unused",
         [r for r in trained if not r.used],
