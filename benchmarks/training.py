@@ -53,7 +53,7 @@ def hundreds(width: int, batch: int, steps: int, **options) -> list[float]:
         optax.sgd(1e-3, momentum=0.9),
         epochs=steps // 10,
         batch_size=batch,
-        every=10,
+        callback_every=10,
         callbacks=[lambda state: clock.append(time.perf_counter())],
         progress=False,
         **options,
@@ -83,7 +83,7 @@ def cost() -> None:
     for width, batch in ((256, 256), (256, 1024), (512, 256), (1024, 256)):
         print(f"{width:5}{batch:13}{1:9}  {'none':8}{_elsewhere(width, batch, 1, ''):10.2f}")
     for devices in (1, 2, 8):
-        for sharding in ("data", "fsdp"):
+        for sharding in ("replicated", "fsdp"):
             ms = _elsewhere(512, 1024, devices, sharding)
             print(f"{512:5}{1024:13}{devices:9}  {sharding:8}{ms:10.2f}")
 

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 import jaxgrad as jg
-from jaxgrad._training import fit as _fit
+from jaxgrad._training import session as _session
 
 ROWS, BATCH = 80, 16
 RAGGED = 86  # with a last batch of six, which no number of devices here divides
@@ -50,7 +50,7 @@ def mesh(devices=8):
 
 def run(loss=loss, dataset=None, tx=SGD, epochs=2, rows=ROWS, **options):
     params, given = make(rows)
-    options = {"batch_size": BATCH, "every": 2, "key": jax.random.key(0)} | options
+    options = {"batch_size": BATCH, "callback_every": 2, "key": jax.random.key(0)} | options
     return jg.fit(loss, params, dataset or given, tx, epochs=epochs, **options)
 
 
@@ -75,10 +75,10 @@ def bits(state):
 @pytest.mark.parametrize(
     ("devices", "sharding", "rows"),
     [
-        (1, "data", ROWS),
-        (2, "data", RAGGED),
+        (1, "replicated", ROWS),
+        (2, "replicated", RAGGED),
         (2, "fsdp", ROWS),
-        (8, "data", ROWS),
+        (8, "replicated", ROWS),
         (8, "fsdp", RAGGED),
         (8, RULES, ROWS),
     ],
@@ -89,7 +89,7 @@ def test_any_number_of_devices_trains_as_one(devices, sharding, rows):
 
 @pytest.mark.parametrize(
     ("sharding", "weight", "bias"),
-    [("data", P(), P()), ("fsdp", P(None, "data"), P("data"))],
+    [("replicated", P(), P()), ("fsdp", P(None, "data"), P("data"))],
 )
 def test_optimizer_state_lies_with_its_parameter(sharding, weight, bias):
     tx = jg.param_groups({"trunk/**": optax.chain(optax.scale_by_adam(), optax.scale(0.01))})
@@ -102,7 +102,7 @@ def test_optimizer_state_lies_with_its_parameter(sharding, weight, bias):
     assert adam.count.sharding.is_fully_replicated and len(adam.count.devices()) == 8
     assert state.params["head"]["b"].sharding.is_fully_replicated  # three don't divide by eight
     share = state.params["trunk"]["w"].addressable_shards[0].data.size
-    assert share == 8 * 16 // (1 if sharding == "data" else 8)
+    assert share == 8 * 16 // (1 if sharding == "replicated" else 8)
 
 
 def test_one_axis_for_rows_and_one_for_parameters():
@@ -124,7 +124,7 @@ def test_explicit_axes_are_taken_as_automatic():
         run(mesh=explicit)
 
 
-@pytest.mark.parametrize("sharding", ["data", "fsdp"])
+@pytest.mark.parametrize("sharding", ["replicated", "fsdp"])
 def test_one_compilation_for_each_size_of_batch(sharding, caplog):
     with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
         run(mesh=mesh(), sharding=sharding, rows=RAGGED)
@@ -151,7 +151,7 @@ class Recorder:
 def test_each_row_is_read_once_an_epoch_and_no_dataset_is_put_whole():
     _, dataset = make(RAGGED)
     recorded = {name: Recorder(array) for name, array in dataset.items()}
-    close(run(dataset=recorded, mesh=mesh(), stage=False, every=1), on_one(RAGGED))
+    close(run(dataset=recorded, mesh=mesh(), stage=False, callback_every=1), on_one(RAGGED))
     assert all((r.read == 2).all() for r in recorded.values())
 
 
@@ -160,7 +160,7 @@ def test_a_file_larger_than_a_call_may_hold(tmp_path, monkeypatch):
     _, dataset = make()
     np.save(tmp_path / "x.npy", dataset["x"])
     dataset["x"] = np.load(tmp_path / "x.npy", mmap_mode="r")
-    close(run(dataset=dataset, mesh=mesh(1), every=None), on_one())
+    close(run(dataset=dataset, mesh=mesh(1), callback_every=None), on_one())
 
 
 def test_a_stream_is_split_over_the_devices():
@@ -251,13 +251,13 @@ def test_the_steps_are_lowered_for_machines_that_are_not_there(sharding, monkeyp
 
         return call
 
-    _compile = _fit.compile_steps
-    monkeypatch.setattr(_fit, "compile_steps", compile_steps)
+    _compile = _session.compile_steps
+    monkeypatch.setattr(_session, "compile_steps", compile_steps)
     run(
         noisy,
         epochs=1,
         rows=RAGGED,
-        every=None,
+        callback_every=None,
         **({"mesh": mesh(), "sharding": sharding} if sharding else {}),
     )
     assert len(lowered) == 2
@@ -283,7 +283,7 @@ def test_the_steps_are_lowered_for_machines_that_are_not_there(sharding, monkeyp
         (
             {"sharding": "zero"},
             ValueError,
-            "sharding='zero'; it must be 'data', 'fsdp', or a mapping from patterns",
+            "sharding='zero'; it must be 'replicated', 'fsdp', or a mapping from patterns",
         ),
         (
             {"sharding": {"haed/**": P()}},

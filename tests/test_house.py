@@ -80,6 +80,29 @@ def test_no_file_is_over_500_lines():
     assert not {name: n for name, n in lines.items() if n > 500}
 
 
+def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                yield f"{file.name}: {node.name}", node
+
+
+def test_no_function_is_over_60_lines_without_its_docstring():
+    lines = {}
+    for name, node in functions():
+        first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node
+        lines[name] = (node.end_lineno or 0) - first.lineno + 1
+    assert not {name: n for name, n in lines.items() if n > 60}
+
+
+def test_no_function_takes_more_than_six_positional_arguments():
+    taken = {
+        name: sum(a.arg not in ("self", "cls") for a in node.args.posonlyargs + node.args.args)
+        for name, node in functions()
+    }
+    assert not {name: n for name, n in taken.items() if n > 6}
+
+
 def test_checkpoints_know_nothing_of_pytorch():
     known = modules()
     for module, file in known.items():

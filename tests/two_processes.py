@@ -63,11 +63,11 @@ def main() -> None:
     examples = [jax.tree.map(lambda x, i=i: x[i], dataset) for i in mine]
     stream = grain.MapDataset.source(examples).batch(16 // options.processes)
     found: dict[str, Any] = {}
-    for sharding in ("data", "fsdp"):
+    for sharding in ("replicated", "fsdp"):
 
         def run(wrt: str = "**", dataset: Any = dataset, **more: Any) -> jg.TrainState:
             tx = jg.param_groups({wrt: optax.adam(0.01)})
-            settings: Any = {"batch_size": 16, "every": 2, "epochs": 2}
+            settings: Any = {"batch_size": 16, "callback_every": 2, "epochs": 2}
             settings |= {"key": jax.random.key(0), "mesh": Mesh(np.array(jax.devices()), ("data",))}
             return jg.fit(loss, params, dataset, tx, sharding=sharding, **settings, **more)  # noqa: B023
 

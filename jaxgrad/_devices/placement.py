@@ -23,7 +23,7 @@ from jaxgrad._tree.flat import PyTree, flatten, is_array, is_key
 from jaxgrad._tree.selection import SelectionError
 from jaxgrad._tree.wrt import match
 
-Rules: TypeAlias = Literal["data", "fsdp"] | Mapping[str, PartitionSpec]
+Rules: TypeAlias = Literal["replicated", "fsdp"] | Mapping[str, PartitionSpec]
 ShardingOf: TypeAlias = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 """Maps the path and the shape of an array to its sharding."""
 
@@ -54,6 +54,9 @@ class OneDevice:
         """The sharding of this many rows, if it matters."""
         return None
 
+    def check_batch(self, batch_size: int) -> None:
+        """Nothing: one device takes batches of any size."""
+
 
 class OnMesh:
     """Parameters by rules, rows split over one axis of the mesh.
@@ -81,7 +84,7 @@ class OnMesh:
         self.ways = mesh.shape[self.axis]
         self.everywhere = NamedSharding(self.mesh, PartitionSpec())
         flat = flatten(params)
-        if sharding == "data":
+        if sharding == "replicated":
             specs = [PartitionSpec()] * len(flat.leaves)
         elif sharding == "fsdp":
             specs = [self._split(np.shape(leaf)) for leaf in flat.leaves]
@@ -89,8 +92,8 @@ class OnMesh:
             specs = self._by_rules(sharding, params)
         else:
             raise ValueError(
-                f"sharding={sharding!r}; it must be 'data', 'fsdp', or a mapping from patterns of "
-                "paths to PartitionSpecs."
+                f"sharding={sharding!r}; it must be 'replicated', 'fsdp', or a mapping from "
+                "patterns of paths to PartitionSpecs."
             )
         self._table = {
             path: (np.shape(leaf), NamedSharding(self.mesh, p))
@@ -193,18 +196,16 @@ class OnMesh:
 Placement: TypeAlias = OneDevice | OnMesh
 
 
-def placement(mesh: Mesh | None, sharding: Rules, params: PyTree, batch_size: int) -> Placement:
+def placement(mesh: Mesh | None, sharding: Rules, params: PyTree) -> Placement:
     """The placement that the arguments of `fit` describe."""
     if mesh is None:
-        if sharding != "data":
+        if sharding != "replicated":
             raise ValueError(
                 f"sharding={sharding!r} needs the devices: fit(..., mesh=jax.sharding.Mesh("
                 "jax.devices(), ('data',)))."
             )
         return OneDevice()
-    place = OnMesh(mesh, sharding, params)
-    place.check_batch(batch_size)
-    return place
+    return OnMesh(mesh, sharding, params)
 
 
 def _put(x: ArrayLike, sharding: NamedSharding) -> jax.Array:

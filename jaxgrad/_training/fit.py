@@ -3,54 +3,34 @@
 The loop returns to Python between calls and not between steps, which for a small head is most of
 the time. Progress, evaluation, writers and early stopping are callbacks that run between chunks, by
 default after each epoch. An exponential average, a schedule or gradient clipping belongs in the
-Optax transformation; people with a loop of their own lose nothing, for the parts that it needs are
-all public.
+Optax transformation; a loop of one's own loses nothing, since every part that it needs is public.
 
-What the frozen parameters compute of the loss runs once per row instead of once per step, where
-that is predicted to pay (`stage`). The steps are the same steps: same rows, same keys, same loss.
+What the frozen parameters compute of the loss runs once per row instead of once per step if that is
+predicted to pay (`stage`). The steps are the same steps: same rows, same keys, same loss.
 """
 
 import contextlib
-import inspect
-import time
+import signal
 from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from jaxgrad._autograd.loss import differentiable
-from jaxgrad._checkpoint.record import Position, Settings, StepRecord
 from jaxgrad._checkpoint.run import Checkpoints, Run
 from jaxgrad._devices.placement import Placement, Rules, placement
-from jaxgrad._devices.processes import of_all
 from jaxgrad._devices.progress import progress_bar
 from jaxgrad._devices.signals import Interrupted, agreed, caught_signals
-from jaxgrad._optim.param_groups import ParamGroups, ParamGroupsState
-from jaxgrad._training.history import Log, non_finite
-from jaxgrad._training.plan import make_plan
-from jaxgrad._training.resident import calls_of, feed, steps_per_call
-from jaxgrad._training.resume import (
-    position_of,
-    refuse_other_settings,
-    restore_opt_state,
-    restore_params,
-)
-from jaxgrad._training.state import Callback, NonFiniteLossError, StopTraining, TrainState
-from jaxgrad._training.steps import compile_steps
-from jaxgrad._training.streamed import is_stream, stream
+from jaxgrad._optim.param_groups import ParamGroups, holds_groups
+from jaxgrad._training.job import Job, Stage
+from jaxgrad._training.session import Session
+from jaxgrad._training.state import Callback, StopTraining, TrainState
 from jaxgrad._tree.flat import PyTree
-from jaxgrad._tree.merge import merge
-from jaxgrad._tree.rows import rows_of
-from jaxgrad._tree.selection import Selection, SelectionError
+from jaxgrad._tree.selection import SelectionError
 from jaxgrad._tree.wrt import Wrt
-
-# Steps in a call, at most: a progress bar moves between calls, and a signal is looked at.
-_CALL = 256
 
 
 def fit(
@@ -59,79 +39,82 @@ def fit(
     dataset: PyTree,
     tx: optax.GradientTransformation,
     *,
+    wrt: Wrt | None = None,
     epochs: int = 1,
     batch_size: int = 256,
     key: jax.Array | None = None,
-    wrt: Wrt | None = None,
-    every: int | None = None,
+    stage: Stage = "auto",
     callbacks: Sequence[Callback] = (),
-    stage: bool = True,
-    skip_nonfinite: int = 0,
-    mesh: Mesh | None = None,
-    sharding: Rules = "data",
+    callback_every: int | None = None,
     checkpoint: str | PathLike[str] | Checkpoints | None = None,
     resume: bool = False,
+    max_nonfinite_steps: int = 0,
+    mesh: Mesh | None = None,
+    sharding: Rules = "replicated",
     progress: bool = True,
 ) -> TrainState:
     """Trains the selected parameters on a dataset.
 
     Args:
-        loss: `loss(params, batch)`, pure, to a real scalar, a mean over the rows of the batch. A
-            loss with an argument named `key` is passed a PRNG key of its own at each step; one
-            whose `key` is bound already, or `None` where `fit` has none, keeps that.
-        params: any pytree; it is left as it is.
-        dataset: a pytree of arrays with one first axis, the rows. It is put on the device whole;
-            with a `mesh`, of one device too, its rows are read when they are needed, and it may be
-            larger than the device's memory (`numpy.memmap`). Or anything to iterate over that
-            yields batches, as Grain's datasets and loaders do: it says what the rows of a step are
-            and in which order they come, an epoch is a pass over it, and of several processes
-            each is given its own rows, as many as the others.
+        loss: `loss(params, batch)`, pure, to a real scalar, a mean over the rows of the batch. If
+            it has an argument `key`, each step passes it a PRNG key of its own; a `key` that has a
+            default other than `None` keeps it, and so does one that is `None` if `fit` has no key.
+        params: any pytree; it is not changed.
+        dataset: a pytree of arrays with the rows along axis 0. It is put on the device at once;
+            with a `mesh`, even of one device, rows are read as they are needed, and the dataset
+            may be larger than the device's memory (`numpy.memmap`). Or an iterable of batches, such
+            as Grain's datasets and loaders: it decides which rows a step has and in which order,
+            an epoch is one pass over it, and each of several processes reads its own rows, the
+            same number as the others.
         tx: any Optax transformation.
-        epochs: how often to go through the rows.
-        batch_size: rows a step, where the dataset is arrays. A short last batch is a step too, and
-            compiled once.
-        key: a typed PRNG key to shuffle the rows with, anew each epoch. Without one they are
-            taken in their order.
-        wrt: what to train; see `select`. Without it, the groups of `tx` where that comes from
-            `param_groups`, else everything. Where `param_groups` is inside of another
-            transformation, pass `wrt=groups.assign(params).wrt`.
-        every: the number of steps between two calls of the callbacks, which the end of an epoch
-            cuts short; by default an epoch.
-        callbacks: called with the `TrainState` after each chunk. What they return is added to
-            its record in the history; `StopTraining` ends the run.
-        stage: compute the frozen part of the loss once, where it is predicted to pay within
-            these epochs and its features fit on the device. `TrainState.staging` says what was
-            done. The losses are the same to rounding.
-        skip_nonfinite: how many steps in a row may have a loss or a gradient that is infinite or
-            no number. They change nothing; one more raises.
-        mesh: the devices to train on, also those of several processes, which then all call `fit`
-            alike, and each its callbacks. The axis named "data", or the first, splits the rows of
-            each step, whose order and losses (to rounding) are those of one device.
-        sharding: where the parameters and their optimizer state lie on the mesh: "data", whole on
-            each device; "fsdp", split along their longest axis that divides; or patterns of paths
-            to `PartitionSpec`s, of which the first that matches counts, and what none matches is
-            whole on each device.
+        wrt: what to train; see `select`. By default the groups of `tx` if `param_groups` made it,
+            else everything. If `param_groups` is inside another transformation, pass
+            `wrt=groups.assign(params).wrt`.
+        epochs: the number of passes over the rows.
+        batch_size: the rows of a step, if the dataset is arrays. A short last batch is a step too,
+            and is compiled once.
+        key: a typed PRNG key that shuffles the rows, differently in each epoch. Without one, rows
+            are taken in order.
+        stage: whether to compute the frozen part of the loss once per row instead of once per step.
+            "auto" does so if it is predicted to pay within these epochs and the features fit in
+            memory; `True` does so, or raises `StageError` with the reason it can't; `False` does
+            not. `TrainState.staging` reports what was done. Losses are the same up to rounding.
+        callbacks: called with the `TrainState` after each chunk of steps. The numbers that they
+            return are added to the chunk's entry in the history; `StopTraining` ends the run.
+        callback_every: the number of steps in a chunk, which the end of an epoch cuts short; by
+            default an epoch.
         checkpoint: the directory to save the run in after each chunk, or `Checkpoints`. SIGINT and
             SIGTERM then finish the step, save and raise `Interrupted`; a second one kills at once.
-        resume: go on from the newest whole step in `checkpoint`, to the bit as if the run had not
-            ended; begin where there is none. All parameters are those of the run. Under another
-            `wrt` or `tx`, the state of the optimizer is kept where it fits.
+        resume: continue from the newest complete step in `checkpoint`, bit for bit as if the run
+            had not ended; start anew if there is none. All parameters are those of the run. Under
+            another `wrt` or `tx`, optimizer state is kept where it fits.
+        max_nonfinite_steps: how many consecutive steps may have a loss or gradient that is infinite
+            or NaN. They change nothing; one more raises.
+        mesh: the devices to train on, also those of several processes, which then all call `fit`
+            alike, each with its own callbacks. The axis named "data", or the first, splits the rows
+            of each step; their order and (up to rounding) the losses are those of one device.
+        sharding: where parameters and optimizer state are on the mesh: "replicated", a full copy
+            on each device; "fsdp", split along their longest axis that divides; or a mapping from
+            patterns of paths to `PartitionSpec`s. The first pattern that matches counts; what
+            none matches is replicated.
         progress: show a bar, on a terminal.
 
     Returns:
         The final `TrainState`.
 
     Raises:
-        NonFiniteLossError: a loss or a gradient is infinite or no number.
-        CheckpointError: `checkpoint` holds a run and `resume` is not asked for; the run does not
-            fit the parameters, or had other rows, batches or another key; or it can't be saved.
+        NonFiniteLossError: a loss or a gradient is infinite or NaN.
+        CheckpointError: `checkpoint` holds a run and `resume` is False; the run does not fit the
+            parameters, or had other rows, batches or another key; or it can't be saved.
         Interrupted: a signal came, and the run is saved.
         SelectionError: see `select` and `param_groups`; or `tx` has `param_groups` inside, and
             there is no `wrt`.
+        StageError: `stage=True`, and the loss can't be staged.
         GradientError: see `value_and_grad`.
-        ValueError: the arrays of the dataset differ in their rows, a number is out of its range,
-            the loss needs a key and there is none, `sharding` or `batch_size` does not fit the
-            mesh, or there is a `checkpoint` and an iterator that can't say how far it has come.
+        RowsError: the arrays of the dataset differ in their rows, or there are none.
+        ValueError: a number is out of range; the loss needs a key and there is none; `sharding` or
+            `batch_size` does not fit the mesh; or there is a `checkpoint` and an iterator that
+            can't report its position.
 
     Example:
         >>> import jax.numpy as jnp, optax, jaxgrad as jg
@@ -146,93 +129,41 @@ def fit(
 
     Source: the training loop of the PyTorch tutorials, and Keras's `fit`.
     """
-    for name, value, least in (
-        ("epochs", epochs, 0),
-        ("batch_size", batch_size, 1),
-        ("every", every, 1),
-        ("skip_nonfinite", skip_nonfinite, 0),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"{name}={value}; it must be {least} or more.")
-    streams = is_stream(dataset)
-    rows, batch_size = (0, 0) if streams else (rows_of(dataset), batch_size)
-    place = placement(mesh, sharding, params, batch_size)
-    selection = differentiable(params, _wrt_of(tx, params) if wrt is None else wrt)
-    noise = place.put(key) if _takes_key(loss, key) else None
-    extra = {} if noise is None else {"key": noise}
-    settings = Settings(rows, batch_size, _key_text(key))
-
+    job = Job(
+        loss=loss,
+        dataset=dataset,
+        tx=tx,
+        selection=differentiable(params, _wrt_of(tx, params) if wrt is None else wrt),
+        place=placement(mesh, sharding, params),
+        epochs=epochs,
+        batch_size=batch_size,
+        key=key,
+        stage=stage,
+        callback_every=callback_every,
+        max_nonfinite_steps=max_nonfinite_steps,
+        progress=progress,
+    )
     with contextlib.ExitStack() as stack:
-        run = _open(checkpoint, resume, place, stack)
+        run = _open(checkpoint, resume, job.place, stack)
         signals = stack.enter_context(caught_signals(run is not None))
-        begun, was_staged, position = _begin(run, params, selection, tx, place, settings)
-        done, resumed = begun.step, begun.resumed
-        trainable, rest = selection.split(begun.params)
-        if run:
-            run.keep_frozen(rest)
-        ask = was_staged if stage and not streams else False
-        plan = make_plan(
-            loss, begun.params, selection, dataset, batch_size, extra, epochs, ask, progress, place
-        )
-        log = Log(done, begun.losses, [*begun.history], position)
-        # A call takes over the buffers it is given, and these are the caller's. Some optimizers
-        # keep the parameters themselves in their state: a copy for each place.
-        carry = _copied(place.put((trainable, begun.opt_state, jnp.int32(0))))
-        del params, begun, trainable  # what is trained is there once, but for the caller's own
-        pinned = place.pinned(carry)
-        take_steps = compile_steps(plan.objective, bool(extra), tx, skip_nonfinite, pinned)
-        if streams:
-            calls = stream(place, dataset, epochs, every, _CALL, position, run is not None)
-        else:
-            most = steps_per_call(place, plan.data, batch_size, _CALL)
-            rows_to_take = calls_of(rows, batch_size, epochs, every, most, key, done)
-            calls = feed(place, plan.data, rows_to_take)
-
-        def state(carry: Any) -> TrainState:
-            history = tuple(map(dict, log.history))
-            params = merge(carry[0], rest)
-            return TrainState(params, carry[1], log.step, log.losses, history, plan.line, resumed)
-
-        def save() -> None:
-            if run:
-                tree = {"trained": carry[0], "opt_state": carry[1], "losses": log.losses}
-                record = StepRecord(
-                    step=log.step,
-                    trained=tuple(selection.paths),
-                    staged=plan.staged,
-                    settings=settings,
-                    positions=tuple(Position(*position) for position in of_all(log.position)),
-                )
-                run.save(_copied(tree), record, log.history)
-
+        session = Session(job, params, run)
+        del params  # what is trained is there once, but for the caller's own
+        done = session.log.step * batch_size
         advance = stack.enter_context(
-            progress_bar(epochs * rows or None, "compiling", progress, done=done * batch_size)
+            progress_bar(epochs * job.rows or None, "compiling", progress, done=done)
         )
-        start = time.perf_counter()
-        with contextlib.suppress(StopTraining):
-            for call, data, batches in calls:
-                carry, values, finite = take_steps(
-                    carry, plan.held, data, batches, call.steps, noise, log.step
-                )
-                lost = log.add(call, np.asarray(values), np.asarray(finite), skip_nonfinite)
-                log.seconds += time.perf_counter() - start
-                if lost is not None:
-                    save()
-                    message = non_finite(call, lost, values, log)
-                    raise NonFiniteLossError(message, state(carry), call.batches[lost])
-                advance(call.rows, f"epoch {call.epoch + 1}  {log.line}")
+        with contextlib.suppress(StopTraining), contextlib.closing(session.calls()) as calls:
+            for call in calls:
+                advance(call.rows, f"epoch {call.epoch + 1}  {session.log.line}")
                 if call.ends_chunk:
-                    log.close_chunk(call.epoch)
-                    for callback in callbacks:
-                        log.history[-1] |= callback(state(_copied(carry))) or {}
-                stop = agreed(signals) if run else None
-                if stop or (run and call.ends_chunk and run.is_due(len(log.history))):
-                    save()
-                if stop:
-                    raise _interrupted(run, stop, state(carry))
-                start = time.perf_counter()  # the wait for rows counts, callbacks and saves don't
-        save()
-    return state(carry)
+                    session.record(call.epoch, callbacks)
+                if run and (stop := agreed(signals)):
+                    session.save()
+                    raise _interrupted(run, stop, session.state())
+                if call.ends_chunk:
+                    session.save_if_due()
+        session.save()
+    return session.state()
 
 
 def _open(
@@ -251,41 +182,11 @@ def _open(
     return stack.enter_context(Run(config, resume, place.sharding_of))
 
 
-def _begin(
-    run: Run | None,
-    params: PyTree,
-    selection: Selection,
-    tx: optax.GradientTransformation,
-    place: Placement,
-    settings: Settings,
-) -> tuple[TrainState, bool | None, Position]:
-    """The state before the next step, whether the run was staged, how far it had read a stream."""
-    params = place.put(params)
-    saved = run.newest() if run else None
-    if run is None or saved is None:
-        trainable, _ = selection.split(params)
-        opt_state = place.init(tx, trainable)
-        begun = TrainState(params, opt_state, 0, np.zeros(0, np.float32), (), "")
-        return begun, None, Position()
-    where = str(run.root)
-    refuse_other_settings(saved, settings, where)
-    params = place.put(restore_params(saved, params, where))
-    trainable, _ = selection.split(params)
-    opt_state, line = restore_opt_state(saved, place.init(tx, trainable), trainable)
-    # With other leaves frozen, whether to stage is a new question.
-    record = saved.record
-    staged = record.staged if tuple(selection.paths) == record.trained else None
-    begun = TrainState(params, opt_state, record.step, saved.losses, record.entries, "", line)
-    return begun, staged, position_of(saved, where)
-
-
 def _wrt_of(tx: optax.GradientTransformation, params: PyTree) -> Wrt:
     """What a transformation trains, where nothing else says so."""
     if isinstance(tx, ParamGroups):
         return tx.assign(params).wrt
-    state = jax.eval_shape(tx.init, params)
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, ParamGroupsState))
-    if any(isinstance(node, ParamGroupsState) for node in nodes):
+    if holds_groups(jax.eval_shape(tx.init, params)):
         raise SelectionError(
             "tx has param_groups inside of another transformation, which would see the gradients "
             "of what the groups freeze. Pass what they train: "
@@ -294,30 +195,10 @@ def _wrt_of(tx: optax.GradientTransformation, params: PyTree) -> Wrt:
     return "**"
 
 
-def _takes_key(loss: Callable[..., Any], key: jax.Array | None) -> bool:
-    parameter = inspect.signature(loss).parameters.get("key")
-    if parameter is None:
-        return False
-    needed = parameter.default is inspect.Parameter.empty
-    if needed and key is None:
-        raise ValueError("the loss takes a key, and fit was given none: fit(..., key=...).")
-    return key is not None and (needed or parameter.default is None)
-
-
-def _key_text(key: jax.Array | None) -> str | None:
-    if key is None:
-        return None
-    return f"{jax.random.key_impl(key)} {jax.random.key_data(key).tolist()}"
-
-
-def _copied(tree: PyTree) -> PyTree:
-    # `jnp.copy` would be compiled for each shape.
-    def copy(x: Any) -> Any:
-        return jax.device_put(x, x.sharding, may_alias=False) if isinstance(x, jax.Array) else x
-
-    return jax.tree.map(copy, tree)
-
-
-def _interrupted(run: Run | None, signal: Any, state: TrainState) -> Interrupted:
-    where = f" It is saved in '{run.root}': continue it with resume=True." if run else ""
-    return Interrupted(f"{signal.name} ended the run at step {state.step}.{where}", state, signal)
+def _interrupted(run: Run, stop: signal.Signals, state: TrainState) -> Interrupted:
+    return Interrupted(
+        f"{stop.name} ended the run at step {state.step}. It is saved in '{run.root}': continue it "
+        "with resume=True.",
+        state,
+        stop,
+    )

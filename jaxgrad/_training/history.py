@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 
 from jaxgrad._checkpoint.record import Position
@@ -58,7 +57,7 @@ class Log:
         self.rows, self.seconds, self.skipped = 0, 0.0, 0
 
 
-def non_finite(call: Call, bad: int, values: jax.Array, log: Log) -> str:
+def non_finite(call: Call, bad: int, values: np.ndarray, log: Log) -> str:
     rows = call.batches[bad]
     shown = ", ".join(map(str, rows[:6])) + ", ..." * (len(rows) > 6)
     what = "the loss is" if not np.isfinite(values[bad]) else "the gradient is not finite, the loss"

@@ -18,29 +18,22 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxgrad._devices.placement import OnMesh, Placement
 from jaxgrad._text import nbytes
 from jaxgrad._training.calls import BYTES_PER_CALL, Call
+from jaxgrad._training.job import Job
 from jaxgrad._tree.flat import PyTree
 
 
-def calls_of(
-    rows: int,
-    batch_size: int,
-    epochs: int,
-    every: int | None,
-    most: int,
-    key: jax.Array | None,
-    done: int,
-) -> Iterator[Call]:
-    """The calls of a run after the steps that are done; none crosses the end of a chunk."""
-    full, rest = divmod(rows, batch_size)
+def calls_of(job: Job, most: int, done: int) -> Iterator[Call]:
+    """The calls of at most so many steps, after the steps that are done; each in one chunk."""
+    full, rest = divmod(job.rows, job.batch_size)
     steps = full + (rest > 0)
-    every = every or steps
-    for epoch in range(done // steps, epochs):
-        order = np.arange(rows) if key is None else _shuffled(key, epoch, rows)
+    every = job.callback_every or steps
+    for epoch in range(done // steps, job.epochs):
+        order = np.arange(job.rows) if job.key is None else _shuffled(job.key, epoch, job.rows)
         at = done - epoch * steps if epoch * steps < done else 0
         while at < steps:
             chunk_end = min((at // every + 1) * every, steps)
             end = min(chunk_end, at + most, full) if at < full else steps
-            batches = order[at * batch_size : end * batch_size].reshape(end - at, -1)
+            batches = order[at * job.batch_size : end * job.batch_size].reshape(end - at, -1)
             # One shape for all calls of whole batches, that is one compilation.
             room = min(most, every, full) - len(batches) if at < full else 0
             padded = np.pad(batches, ((0, room), (0, 0)))

@@ -18,7 +18,6 @@ from jaxgrad._tree.flat import PyTree
 
 def compile_steps(
     objective: Callable[..., Any],
-    takes_key: bool,
     tx: optax.GradientTransformation,
     skip: int,
     pinned: Any = None,
@@ -27,16 +26,15 @@ def compile_steps(
 
     Args:
         objective: see `Plan`.
-        takes_key: whether the objective is passed a key.
         tx: the optimizer.
         skip: how many steps in a row may be no numbers; after one more, nothing moves any more.
         pinned: the shardings of what it returns, where there is a mesh.
 
     Returns:
-        `run(carry, held, data, batches, n, key, first) -> (carry, losses, finite)`. The carry is
+        `run(carry, held, data, batches, key, (first, n)) -> (carry, losses, finite)`. The carry is
         `(trainable, opt_state, steps in a row that were not finite)`, and its buffers are taken
-        over; `batches` says which rows of `data` each step has, of which `n` are taken; `first`
-        numbers them.
+        over; `batches` says which rows of `data` each step has; `n` steps are taken, the first of
+        them numbered `first`; the objective is passed a key if there is one.
     """
 
     def run(
@@ -44,14 +42,15 @@ def compile_steps(
         held: PyTree,
         data: PyTree,
         batches: jax.Array,
-        n: jax.Array,
-        key: Any,
-        first: jax.Array,
+        key: jax.Array | None,
+        span: tuple[jax.Array, jax.Array],
     ) -> tuple[Any, jax.Array, jax.Array]:
+        first, n = span
+
         def step(i: jax.Array, loop: Any) -> Any:
             (trainable, opt_state, lost), losses, finite = loop
             batch = jax.tree.map(lambda x: x[batches[i]], data)
-            extra = {"key": jax.random.fold_in(key, first + i)} if takes_key else {}
+            extra = {"key": jax.random.fold_in(key, first + i)} if key is not None else {}
             value, grads = objective(trainable, held, batch, **extra)
             updates, moved = tx.update(grads, opt_state, trainable)
             good = _all_finite((value, grads))

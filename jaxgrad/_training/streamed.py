@@ -7,7 +7,7 @@ can), that is part of a checkpoint, and the run goes on with the batch that woul
 """
 
 import base64
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -19,34 +19,20 @@ from jaxgrad._checkpoint.record import Position
 from jaxgrad._devices.placement import OnMesh, Placement
 from jaxgrad._text import nbytes
 from jaxgrad._training.calls import BYTES_PER_CALL, Call
-from jaxgrad._tree.flat import PyTree, is_array
+from jaxgrad._training.job import Job
+from jaxgrad._tree.flat import PyTree
 from jaxgrad._tree.rows import rows_of
 
 T = TypeVar("T")
 
 
-def is_stream(dataset: Any) -> bool:
-    """Whether a dataset is no tree of arrays and can be iterated over."""
-    is_leaf = jax.tree_util.default_registry.flatten_one_level(dataset) is None
-    return is_leaf and not is_array(dataset) and isinstance(dataset, Iterable)
-
-
 def stream(
-    place: Placement,
-    dataset: Iterable[PyTree],
-    epochs: int,
-    every: int | None,
-    most: int,
-    position: Position,
-    resumable: bool,
+    job: Job, most: int, position: Position, resumable: bool
 ) -> Iterator[tuple[Call, PyTree, np.ndarray]]:
     """Yields each call with `data` and `batches`, as `feed` does.
 
     Args:
-        place: where the rows of a step lie; of several processes, each yields its own part.
-        dataset: what yields batches.
-        epochs: the number of passes.
-        every: the number of steps in a chunk; a pass, if None.
+        job: the call of `fit`; each of several processes yields its own part of the rows.
         most: how many steps a call may take.
         position: where to go on.
         resumable: whether the position must be known.
@@ -54,7 +40,7 @@ def stream(
     Raises:
         ValueError: a pass gives no batch; an iterator has no state, or a batch can't be split.
     """
-    made = _calls(place, dataset, epochs, every, most, position, resumable)
+    made = _calls(job, most, position, resumable)
     with ThreadPoolExecutor(1, "stream") as pool:
         coming = pool.submit(next, made, None)
         while (ready := coming.result()) is not None:
@@ -63,14 +49,9 @@ def stream(
 
 
 def _calls(
-    place: Placement,
-    dataset: Iterable[PyTree],
-    epochs: int,
-    every: int | None,
-    most: int,
-    position: Position,
-    resumable: bool,
+    job: Job, most: int, position: Position, resumable: bool
 ) -> Iterator[tuple[Call, PyTree, np.ndarray]]:
+    place, every = job.place, job.callback_every
     widths: dict[int, int] = {}  # of a call, by the rows of its steps: one shape, one compilation
 
     def call(ends_chunk: bool) -> tuple[Call, PyTree, np.ndarray]:
@@ -81,11 +62,11 @@ def _calls(
         numbers = np.arange(read - steps * rows, read).reshape(steps, rows)
         return Call(epoch, numbers, steps, ends_chunk, positions), data, np.arange(width)
 
-    for epoch in range(position.epoch, epochs):
-        source = iter(dataset)
+    for epoch in range(position.epoch, job.epochs):
+        source = iter(job.dataset)
         if resumable and not hasattr(source, "get_state"):
             raise ValueError(
-                f"the iterator of a {type(dataset).__name__} can't say how far it has come, so "
+                f"the iterator of a {type(job.dataset).__name__} can't say how far it has come, so "
                 "that the run could not be resumed. Use one with get_state and set_state, as "
                 "Grain's have, or fit without a checkpoint."
             )
@@ -110,8 +91,8 @@ def _calls(
                 batches, positions = [], []
         if position.epoch == epoch:
             raise ValueError(
-                f"the {type(dataset).__name__} gives no batch in epoch {epoch + 1}. What is used "
-                "up by one pass lasts one epoch: pass what can be iterated over again."
+                f"the {type(job.dataset).__name__} gives no batch in epoch {epoch + 1}. What is "
+                "used up by one pass lasts one epoch: pass what can be iterated over again."
             )
 
 

@@ -49,7 +49,7 @@ TX = jg.param_groups({"head/**": optax.adam(0.1), "layers/1/**": optax.sgd(0.1, 
 
 def run(checkpoint=None, *, tx=TX, epochs=3, callbacks=(), **options):
     loss, params, dataset = make()
-    options = {"batch_size": 5, "every": 2, "key": KEY} | options
+    options = {"batch_size": 5, "callback_every": 2, "key": KEY} | options
     return jg.fit(
         loss,
         params,
@@ -438,13 +438,13 @@ def test_a_signal_ends_a_run_that_can_go_on(tmp_path, number, capfd):
 
 def test_a_signal_in_the_midst_of_a_chunk(tmp_path, monkeypatch):
     """The calls are shorter than the chunk, and the record of the chunk is whole all the same."""
-    monkeypatch.setattr("jaxgrad._training.fit._CALL", 2)
-    expected = run(every=5)
+    monkeypatch.setattr("jaxgrad._training.session._CALL", 2)
+    expected = run(callback_every=5)
     monkeypatch.setattr("jaxgrad._training.fit.caught_signals", lambda active: _AfterCalls(4))
     with pytest.raises(jg.Interrupted, match="at step 7"):
-        run(tmp_path / "run", every=5)
+        run(tmp_path / "run", callback_every=5)
     monkeypatch.undo()
-    same(run(tmp_path / "run", every=5, resume=True), expected)
+    same(run(tmp_path / "run", callback_every=5, resume=True), expected)
     assert [r["step"] for r in expected.history] == [5, 10, 15]
 
 

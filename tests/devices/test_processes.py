@@ -55,16 +55,16 @@ def trained(processes, directory):
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     one, two = (trained(n, tmp_path / str(n)) for n in (1, 2))
-    for sharding in ("data", "fsdp"):
+    for sharding in ("replicated", "fsdp"):
         for found in (one[sharding], two[sharding]):
             assert found["interrupted"] == [6, "SIGTERM"]
             assert found["resumed"] == "resumed at step 6"
             assert found["same bits"] and found["loaded"] and found["staged"]
             assert found["stream interrupted"] == 7 and found["stream same bits"]
             assert found["steps"] == ["10", "12"]
-            np.testing.assert_allclose(found["losses"], one["data"]["losses"], rtol=1e-5)
+            np.testing.assert_allclose(found["losses"], one["replicated"]["losses"], rtol=1e-5)
             for name in ("staged losses", "stream losses"):
-                np.testing.assert_allclose(found[name], one["data"][name], rtol=1e-5)
+                np.testing.assert_allclose(found[name], one["replicated"][name], rtol=1e-5)
 
 
 @pytest.mark.slow

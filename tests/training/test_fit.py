@@ -52,7 +52,7 @@ def equal(a, b, **tolerance):
 def test_fit_takes_every_row_and_gives_what_a_loop_gives(every):
     loss, params, dataset = make()
     tx = jg.param_groups({"head/**": optax.sgd(0.1, momentum=0.9)})
-    state = jg.fit(loss, params, dataset, tx, epochs=3, batch_size=5, every=every)
+    state = jg.fit(loss, params, dataset, tx, epochs=3, batch_size=5, callback_every=every)
     expected, losses = by_hand(loss, params, dataset, tx, "head/**", [np.arange(ROWS)] * 3, 5)
     assert state.step == len(state.losses) == 15  # four batches of 5 and one of 2, three times
     np.testing.assert_allclose(state.losses, losses, rtol=1e-5)
@@ -152,7 +152,7 @@ def test_callbacks_add_to_the_history_and_can_stop():
         optax.sgd(0.1),
         epochs=9,
         batch_size=11,
-        every=2,
+        callback_every=2,
         callbacks=[evaluate],
     )
     assert state.step == 6 and len(state.losses) == 6
@@ -169,7 +169,9 @@ def test_callbacks_add_to_the_history_and_can_stop():
 )
 def test_a_short_last_batch_belongs_to_its_chunk(every, steps):
     loss, params, dataset = make()
-    state = jg.fit(loss, params, dataset, optax.sgd(0.1), epochs=2, batch_size=5, every=every)
+    state = jg.fit(
+        loss, params, dataset, optax.sgd(0.1), epochs=2, batch_size=5, callback_every=every
+    )
     assert [r["step"] for r in state.history] == steps
     chunks = np.split(state.losses, steps[:-1])
     np.testing.assert_allclose([r["loss"] for r in state.history], [c.mean() for c in chunks])
@@ -243,8 +245,8 @@ def test_steps_that_are_not_finite_are_skipped_within_a_bound():
         {"x": x},
         optax.sgd(0.1, momentum=0.9),
         batch_size=2,
-        skip_nonfinite=skip,
-        every=every,
+        max_nonfinite_steps=skip,
+        callback_every=every,
     )
     bad = x.at[jnp.array([2, 5, 10])].set(-1.0)  # in the steps 1, 2 and 5 of six
     for every in (None, 1):
@@ -274,8 +276,9 @@ def test_a_gradient_that_is_not_finite_ends_a_run_before_it_moves_anything():
     ("change", "text"),
     [
         ({"batch_size": 0}, "batch_size=0; it must be 1 or more."),
-        ({"every": -1}, "every=-1; it must be 1 or more."),
-        ({"skip_nonfinite": -1}, "skip_nonfinite=-1; it must be 0 or more."),
+        ({"callback_every": -1}, "callback_every=-1; it must be 1 or more."),
+        ({"stage": "always"}, "stage='always'; it must be 'auto', True, or False."),
+        ({"max_nonfinite_steps": -1}, "max_nonfinite_steps=-1; it must be 0 or more."),
         ({"resume": True}, "resume=True needs the directory of the run: fit(..., checkpoint="),
         ({"epochs": -1}, "epochs=-1; it must be 0 or more."),
         (
@@ -399,6 +402,34 @@ def test_what_is_not_staged_is_said_why(eager_to_stage, monkeypatch):
     assert "there is not enough memory" in jg.fit(loss, params, dataset, tx, epochs=4).staging
     monkeypatch.setattr("jaxgrad._staging.report._COMPILATION", 1e10)
     assert "1 epoch of 22 rows would not gain" in jg.fit(loss, params, dataset, tx).staging
+
+
+@pytest.mark.parametrize(
+    ("dataset", "wrt", "why"),
+    [
+        (lambda data: iter([data]), "head", "the dataset is a stream"),
+        (lambda data: data, "**", "no parameter is frozen"),
+    ],
+)
+def test_staging_that_was_asked_for_is_done_or_refused(dataset, wrt, why):
+    loss, params, data = make()
+    run = lambda data, **more: jg.fit(loss, params, data, optax.sgd(0.1), **more, stage=True)
+    assert "the frozen part runs once per row" in run(data, wrt="head").staging  # at a loss
+    with pytest.raises(jg.StageError) as error:
+        run(dataset(data), wrt=wrt)
+    assert str(error.value) == (
+        f"fit(..., stage=True) can't stage the loss: {why}. With stage='auto' it trains unstaged."
+    )
+
+
+def test_staging_that_was_asked_for_names_what_mixes_rows():
+    loss, params, dataset = make()
+
+    def mixing(params, batch):
+        return loss(params, batch | {"x": batch["x"] - batch["x"].mean(0, keepdims=True)})
+
+    with pytest.raises(jg.StageError, match=r"can't stage the loss: .*With stage='auto'"):
+        jg.fit(mixing, params, dataset, optax.sgd(0.1), wrt="head", stage=True)
 
 
 def test_staging_hides_no_error(eager_to_stage):

@@ -10,6 +10,7 @@ import pytest
 import jaxgrad as jg
 from jaxgrad._devices.processes import of_all
 from jaxgrad._training import streamed as _streamed
+from jaxgrad._training.job import is_stream
 
 ROWS, BATCH, EPOCHS = 22, 4, 3
 DRAW = np.random.default_rng(0)
@@ -58,7 +59,12 @@ def loss(params, batch, key):
 
 
 def fit(dataset, **options):
-    options = {"epochs": EPOCHS, "every": 4, "key": jax.random.key(0), "progress": False} | options
+    options = {
+        "epochs": EPOCHS,
+        "callback_every": 4,
+        "key": jax.random.key(0),
+        "progress": False,
+    } | options
     return jg.fit(loss, PARAMS, dataset, SGD, **options)
 
 
@@ -92,7 +98,7 @@ def test_a_stream_trains_as_its_rows_do(name):
 @pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize("step", [4, 6, 10])
 def test_a_run_goes_on_with_the_batch_that_would_have_been_next(name, step, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxgrad._training.fit._CALL", 3)  # saves of a call, and of a chunk
+    monkeypatch.setattr("jaxgrad._training.session._CALL", 3)  # saves of a call, and of a chunk
     uninterrupted = fit(SOURCES[name]())
 
     def stop(state):
@@ -117,17 +123,17 @@ def test_a_batch_that_failed_comes_again(tmp_path):
         return grain.MapDataset.source(Source()).batch(BATCH)
 
     with pytest.raises(jg.NonFiniteLossError, match="rows 8, 9, 10, 11 of the dataset"):
-        fit(make(), every=None, checkpoint=tmp_path)
+        fit(make(), callback_every=None, checkpoint=tmp_path)
     broken["now"] = False
     assert (
-        bits(fit(make(), every=None, checkpoint=tmp_path, resume=True))[:2]
-        == bits(fit(make(), every=None))[:2]
+        bits(fit(make(), callback_every=None, checkpoint=tmp_path, resume=True))[:2]
+        == bits(fit(make(), callback_every=None))[:2]
     )
 
 
 def test_a_short_batch_is_compiled_once(caplog):
     with jax.log_compiles():
-        fit(dataset(), epochs=4, every=None)
+        fit(dataset(), epochs=4, callback_every=None)
     compiled = [r for r in caplog.records if r.getMessage().startswith("Compiling jit(run)")]
     assert len(compiled) == 2  # whole batches, and the last one of two rows
 
@@ -141,7 +147,7 @@ def test_calls_hold_what_fits(monkeypatch):
         "_calls",
         lambda *args: (calls.append(made[0].steps) or made for made in inner(*args)),
     )
-    fit(dataset(), epochs=1, every=None)
+    fit(dataset(), epochs=1, callback_every=None)
     assert calls == [2, 2, 1, 1]
 
 
@@ -172,8 +178,8 @@ def test_a_stream_without_a_state_is_not_saved(tmp_path):
 
 
 def test_arrays_are_no_stream():
-    assert not any(map(_streamed.is_stream, (DATA, [1, 2], np.ones(3), jnp.ones(3), (), None)))
-    assert all(map(_streamed.is_stream, (dataset(), loader(), iter([1]))))
+    assert not any(map(is_stream, (DATA, [1, 2], np.ones(3), jnp.ones(3), (), None)))
+    assert all(map(is_stream, (dataset(), loader(), iter([1]))))
 
 
 def test_states_of_bytes_are_kept_in_json():

@@ -1,0 +1,110 @@
+"""A job: what a call of `fit` asks for, checked before anything is traced, compiled or saved."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, TypeAlias
+
+import jax
+import numpy as np
+import optax
+
+from jaxgrad._checkpoint.record import Settings
+from jaxgrad._devices.placement import Placement
+from jaxgrad._tree.flat import PyTree, is_array
+from jaxgrad._tree.rows import rows_of
+from jaxgrad._tree.selection import Selection
+
+Stage: TypeAlias = Literal["auto"] | bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """The arguments of `fit` that its phases read; see there.
+
+    Raises:
+        RowsError: the arrays of the dataset differ in their rows.
+        ValueError: a number is out of range, or the loss needs a key and there is none.
+    """
+
+    loss: Callable[..., Any]
+    dataset: PyTree
+    tx: optax.GradientTransformation
+    selection: Selection
+    place: Placement
+    epochs: int
+    batch_size: int
+    key: jax.Array | None
+    stage: Stage
+    callback_every: int | None
+    max_nonfinite_steps: int
+    progress: bool
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("epochs", 0),
+            ("batch_size", 1),
+            ("callback_every", 1),
+            ("max_nonfinite_steps", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value}; it must be {least} or more.")
+        if self.stage not in ("auto", True, False):
+            raise ValueError(f"stage={self.stage!r}; it must be 'auto', True, or False.")
+        if not self.streams:
+            self.place.check_batch(self.batch_size)
+        _ = self.rows, self.extra  # for their errors
+
+    @functools.cached_property
+    def streams(self) -> bool:
+        """Whether the dataset is an iterable of batches instead of a tree of arrays."""
+        return is_stream(self.dataset)
+
+    @functools.cached_property
+    def rows(self) -> int:
+        """The rows of the dataset; 0 for a stream."""
+        return 0 if self.streams else rows_of(self.dataset)
+
+    @functools.cached_property
+    def extra(self) -> dict[str, jax.Array]:
+        """What the loss takes by keyword: the key of the run, if it takes one."""
+        takes_key = _takes_key(self.loss, self.key)
+        return {} if self.key is None or not takes_key else {"key": self.place.put(self.key)}
+
+    @property
+    def settings(self) -> Settings:
+        """What decides which rows a step takes."""
+        batch_size = 0 if self.streams else self.batch_size
+        if self.key is None:
+            return Settings(self.rows, batch_size)
+        words = jax.random.key_data(self.key).tolist()
+        return Settings(self.rows, batch_size, f"{jax.random.key_impl(self.key)} {words}")
+
+    def batch(self) -> PyTree:
+        """The shapes and dtypes of the first batch of a dataset of arrays."""
+        rows = min(self.batch_size, self.rows)
+
+        def leaf(x: Any) -> jax.ShapeDtypeStruct:
+            dtype = x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
+            dtype = jax.dtypes.canonicalize_dtype(dtype)
+            return jax.ShapeDtypeStruct((rows, *np.shape(x)[1:]), dtype)
+
+        return jax.tree.map(leaf, self.dataset)
+
+
+def is_stream(dataset: object) -> bool:
+    """Whether a dataset is an iterable of batches and not a tree of arrays."""
+    is_leaf = jax.tree_util.default_registry.flatten_one_level(dataset) is None
+    return is_leaf and not is_array(dataset) and isinstance(dataset, Iterable)
+
+
+def _takes_key(loss: Callable[..., Any], key: jax.Array | None) -> bool:
+    parameter = inspect.signature(loss).parameters.get("key")
+    if parameter is None:
+        return False
+    needed = parameter.default is inspect.Parameter.empty
+    if needed and key is None:
+        raise ValueError("the loss takes a key, and fit was given none: fit(..., key=...).")
+    return needed or parameter.default is None
