@@ -35,21 +35,22 @@ from jaxgrad._tree.flat import Flat, PyTree, flatten, is_array, is_hole
 from jaxgrad._tree.rows import RowsError
 from jaxgrad._tree.select import resolve
 from jaxgrad._tree.selection import SelectionError
+from jaxgrad._tree.types import Batch, Grads, OptState, Params
 from jaxgrad._tree.wrt import Wrt
 
 
 def audit(
     loss: Callable[..., Any],
-    params: PyTree,
-    batch: PyTree,
+    params: Params,
+    batch: Batch,
     tx: optax.GradientTransformation,
     wrt: Wrt | None = None,
     *,
-    grad: Callable[..., PyTree] | None = None,
+    grad: Callable[..., Grads] | None = None,
     step: Callable[..., Any] | None = None,
-    opt_state: PyTree = None,
-    previous: PyTree = None,
-    saved: PyTree | str | PathLike[str] | None = None,
+    opt_state: OptState | None = None,
+    previous: OptState | None = None,
+    saved: Params | str | PathLike[str] | None = None,
     has_aux: bool = False,
     steps: int = 4,
 ) -> Audit:

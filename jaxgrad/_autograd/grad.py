@@ -6,12 +6,13 @@ that reads the gradients: a norm, a check that they are finite, an accumulator, 
 of a `jit`. After the split a frozen leaf is a constant to JAX, and there is nothing to drop.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxgrad._autograd.loss import GradientError, call_loss, differentiable, scalar_value
 from jaxgrad._autograd.microbatches import accumulate
@@ -26,9 +27,56 @@ from jaxgrad._tree.merge import merge
 from jaxgrad._tree.select import select
 from jaxgrad._tree.wrt import Wrt
 
-T = TypeVar("T")
+P = TypeVar("P")
+"""The type of the parameters, and so of their gradients."""
+
+A = TypeVar("A")
+"""What a loss returns beside its value."""
+
+V = TypeVar("V")
+"""The value of a function to differentiate."""
+
+X = ParamSpec("X")
+"""The arguments after the parameters."""
 
 
+@overload
+def value_and_grad(
+    fun: Callable[Concatenate[P, X], ArrayLike],
+    wrt: Wrt = "**",
+    *,
+    has_aux: Literal[False] = False,
+    microbatches: int | None = None,
+    taps: Literal[False] = False,
+) -> Callable[Concatenate[P, X], tuple[jax.Array, P]]: ...
+@overload
+def value_and_grad(
+    fun: Callable[Concatenate[P, X], tuple[ArrayLike, A]],
+    wrt: Wrt = "**",
+    *,
+    has_aux: Literal[True],
+    microbatches: int | None = None,
+    taps: Literal[False] = False,
+) -> Callable[Concatenate[P, X], tuple[tuple[jax.Array, A], P]]: ...
+@overload
+def value_and_grad(
+    fun: Callable[Concatenate[P, X], ArrayLike],
+    wrt: Wrt = "**",
+    *,
+    has_aux: Literal[False] = False,
+    microbatches: int | None = None,
+    taps: Literal[True],
+) -> Callable[Concatenate[P, X], tuple[jax.Array, tuple[P, Mapping[str, PyTree]]]]: ...
+@overload
+def value_and_grad(
+    fun: Callable[Concatenate[P, X], tuple[ArrayLike, A]],
+    wrt: Wrt = "**",
+    *,
+    has_aux: Literal[True],
+    microbatches: int | None = None,
+    taps: Literal[True],
+) -> Callable[Concatenate[P, X], tuple[tuple[jax.Array, A], tuple[P, Mapping[str, PyTree]]]]: ...
+@overload
 def value_and_grad(
     fun: Callable[..., Any],
     wrt: Wrt = "**",
@@ -36,7 +84,15 @@ def value_and_grad(
     has_aux: bool = False,
     microbatches: int | None = None,
     taps: bool = False,
-) -> Callable[..., tuple[Any, PyTree]]:
+) -> Callable[..., tuple[Any, Any]]: ...
+def value_and_grad(
+    fun: Callable[..., Any],
+    wrt: Wrt = "**",
+    *,
+    has_aux: bool = False,
+    microbatches: int | None = None,
+    taps: bool = False,
+) -> Callable[..., tuple[Any, Any]]:
     """Returns a function for the value of `fun` and its gradient in the selected parameters.
 
     Args:
@@ -110,6 +166,43 @@ def value_and_grad(
     return wrapped
 
 
+@overload
+def grad(
+    fun: Callable[Concatenate[P, X], ArrayLike],
+    wrt: Wrt = "**",
+    *,
+    has_aux: Literal[False] = False,
+    microbatches: int | None = None,
+    taps: Literal[False] = False,
+) -> Callable[Concatenate[P, X], P]: ...
+@overload
+def grad(
+    fun: Callable[Concatenate[P, X], tuple[ArrayLike, A]],
+    wrt: Wrt = "**",
+    *,
+    has_aux: Literal[True],
+    microbatches: int | None = None,
+    taps: Literal[False] = False,
+) -> Callable[Concatenate[P, X], tuple[P, A]]: ...
+@overload
+def grad(
+    fun: Callable[Concatenate[P, X], ArrayLike],
+    wrt: Wrt = "**",
+    *,
+    has_aux: Literal[False] = False,
+    microbatches: int | None = None,
+    taps: Literal[True],
+) -> Callable[Concatenate[P, X], tuple[P, Mapping[str, PyTree]]]: ...
+@overload
+def grad(
+    fun: Callable[Concatenate[P, X], tuple[ArrayLike, A]],
+    wrt: Wrt = "**",
+    *,
+    has_aux: Literal[True],
+    microbatches: int | None = None,
+    taps: Literal[True],
+) -> Callable[Concatenate[P, X], tuple[tuple[P, Mapping[str, PyTree]], A]]: ...
+@overload
 def grad(
     fun: Callable[..., Any],
     wrt: Wrt = "**",
@@ -117,7 +210,15 @@ def grad(
     has_aux: bool = False,
     microbatches: int | None = None,
     taps: bool = False,
-) -> Callable[..., PyTree]:
+) -> Callable[..., Any]: ...
+def grad(
+    fun: Callable[..., Any],
+    wrt: Wrt = "**",
+    *,
+    has_aux: bool = False,
+    microbatches: int | None = None,
+    taps: bool = False,
+) -> Callable[..., Any]:
     """Returns a function for the gradient of `fun` in the selected parameters.
 
     Args:
@@ -158,12 +259,12 @@ def grad(
 
 
 def backward(
-    fun: Callable[..., Any],
-    params: PyTree,
-    *args: Any,
+    fun: Callable[..., V],
+    params: P,
+    *args: PyTree,
     gradient: PyTree = None,
     wrt: Wrt = "**",
-) -> tuple[Any, PyTree]:
+) -> tuple[V, P]:
     """Returns the value of `fun` and its vector-Jacobian product with `gradient`.
 
     Args:
@@ -208,7 +309,7 @@ def backward(
     return value, pullback(_cotangents(value, gradient))[0]
 
 
-def stop_gradient(tree: T, wrt: Wrt = "**") -> T:
+def stop_gradient(tree: P, wrt: Wrt = "**") -> P:
     """Cuts the leaves that `wrt` selects off from differentiation.
 
     Args:

@@ -7,15 +7,16 @@ constant, which staging computes once.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxgrad._tree.flat import PyTree
+X = ParamSpec("X")
+V = TypeVar("V")
 
 
-def mixed_precision(loss: Callable[..., Any], dtype: str = "bfloat16") -> Callable[..., Any]:
+def mixed_precision(loss: Callable[X, V], dtype: str = "bfloat16") -> Callable[X, V]:
     """Returns a loss that computes in another floating-point dtype.
 
     Args:
@@ -47,9 +48,9 @@ def mixed_precision(loss: Callable[..., Any], dtype: str = "bfloat16") -> Callab
         raise ValueError(f"dtype={dtype!r}; it must be a floating-point dtype, as 'bfloat16'.")
 
     @functools.wraps(loss)
-    def wrapped(params: PyTree, *args: Any, **kwargs: Any) -> Any:
-        params, args, kwargs = jax.tree.map(lambda x: _cast(x, half), (params, args, kwargs))
-        out = loss(params, *args, **kwargs)
+    def wrapped(*args: X.args, **kwargs: X.kwargs) -> V:
+        args, kwargs = jax.tree.map(lambda x: _cast(x, half), (args, kwargs))
+        out = loss(*args, **kwargs)
         return jax.tree.map(lambda x: _cast(x, jnp.dtype(jnp.float32), of=half), out)
 
     return wrapped

@@ -7,10 +7,11 @@ that.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxgrad._autograd.grad import grad
 from jaxgrad._autograd.microbatches import has_rows
@@ -18,10 +19,13 @@ from jaxgrad._tree.flat import PyTree, flatten, is_key
 from jaxgrad._tree.rows import common_rows
 from jaxgrad._tree.wrt import Wrt
 
+P = TypeVar("P")
+X = ParamSpec("X")
+
 
 def per_example_grads(
-    loss: Callable[..., Any], wrt: Wrt = "**", *, chunk: int | None = None
-) -> Callable[..., PyTree]:
+    loss: Callable[Concatenate[P, X], ArrayLike], wrt: Wrt = "**", *, chunk: int | None = None
+) -> Callable[Concatenate[P, X], P]:
     """Returns a function for the gradient of a loss at each example of a batch.
 
     Args:
@@ -63,8 +67,8 @@ def per_example_grads(
 
 
 def grad_norms(
-    loss: Callable[..., Any], wrt: Wrt = "**", *, chunk: int | None = None
-) -> Callable[..., PyTree]:
+    loss: Callable[Concatenate[P, X], ArrayLike], wrt: Wrt = "**", *, chunk: int | None = None
+) -> Callable[Concatenate[P, X], P]:
     """Returns a function for the norm of each example's gradient, leaf by leaf.
 
     Args:

@@ -9,7 +9,6 @@ the left and to the right disagree.
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ from jaxgrad._jaxpr.views import bodies
 from jaxgrad._text import listed, table
 from jaxgrad._tree.flat import PyTree, flatten, is_array, is_hole
 from jaxgrad._tree.merge import merge
+from jaxgrad._tree.types import Loss, Params
 from jaxgrad._tree.wrt import Wrt
 
 
@@ -94,8 +94,8 @@ class GradCheck:
 
 
 def check_grads(
-    loss: Callable[..., Any],
-    params: PyTree,
+    loss: Loss,
+    params: Params,
     *args: PyTree,
     wrt: Wrt = "**",
     directions: int = 16,
@@ -146,7 +146,7 @@ def check_grads(
         # Passed as arguments, because XLA spends seconds on folding constants of this size.
         arrays = {i: leaf for i, leaf in enumerate(others.leaves) if hasattr(leaf, "dtype")}
 
-        def of_arrays(selected: PyTree, arrays: dict[int, jax.Array]) -> jax.Array:
+        def of_arrays(selected: PyTree, arrays: dict[int, jax.Array]) -> ArrayLike:
             leaves = [arrays.get(i, leaf) for i, leaf in enumerate(others.leaves)]
             rest, args, kwargs = others.treedef.unflatten(leaves)
             return loss(merge(selected, rest), *args, **kwargs)

@@ -29,6 +29,7 @@ from jaxgrad._jaxpr.source import whence
 from jaxgrad._jaxpr.views import Cond, Scan, While, view
 from jaxgrad._text import listed, spec
 from jaxgrad._tree.flat import Flat, PyTree, flatten
+from jaxgrad._tree.types import Loss, Params
 from jaxgrad._tree.wrt import Wrt
 
 
@@ -94,7 +95,7 @@ class NonFinite:
 
 
 def find_nonfinite(
-    loss: Callable[..., Any], params: PyTree, *args: PyTree, wrt: Wrt = "**", **kwargs: PyTree
+    loss: Loss, params: Params, *args: PyTree, wrt: Wrt = "**", **kwargs: PyTree
 ) -> NonFinite | None:
     """Finds the first operation that made a loss or its gradient NaN or infinite.
 

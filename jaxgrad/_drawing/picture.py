@@ -21,7 +21,7 @@ from jaxgrad._drawing.svg import svg
 from jaxgrad._jaxpr.dataflow import depending, reads
 from jaxgrad._jaxpr.graph import trace
 from jaxgrad._staging.split import split
-from jaxgrad._staging.traced_loss import Loss
+from jaxgrad._staging.traced_loss import TracedLoss
 from jaxgrad._tree.flat import PyTree, flatten, is_array
 from jaxgrad._tree.select import select
 from jaxgrad._tree.selection import Selection
@@ -219,7 +219,7 @@ def _staged(
     if len(sizes) != 1 or sizes < {(), (0,), (1,)}:
         return frozenset()  # no batch, or too few examples to tell the batch axis
     ((rows,),) = sizes
-    source = Loss(fun, selection.named(params), selection.flags, args[0], args[1:])
+    source = TracedLoss(fun, selection.named(params), selection.flags, args[0], args[1:])
     cut = split(source, rows)
     moving = cut.program.depending([*cut.program.trainable, *cut.program.vary])
     theirs = [e for e in cut.program.jaxpr.eqns if moving.isdisjoint(e.outvars)]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxgrad._text import spec
 from jaxgrad._tree.flat import Flat, PyTree, check_same_structure, flatten, is_hole
 from jaxgrad._tree.select import refuse_tied
+from jaxgrad._tree.types import Grads
 
 T = TypeVar("T")
 
@@ -18,7 +19,7 @@ class UpdateError(ValueError):
     __module__ = "jaxgrad"
 
 
-def apply_updates(params: T, updates: PyTree) -> T:
+def apply_updates(params: T, updates: Grads) -> T:
     """Adds updates to parameters; where an update is a hole, the parameter stays the same array.
 
     Args:

@@ -9,7 +9,7 @@ from jaxgrad._jaxpr.dataflow import between, taken
 from jaxgrad._jaxpr.source import whence
 from jaxgrad._staging.dependence import Classes, Constant, PerExample, Refusal, Varying, classify
 from jaxgrad._staging.min_cut import minimum_cut
-from jaxgrad._staging.traced_loss import Loss, Program, check_closed_over, pair
+from jaxgrad._staging.traced_loss import Program, TracedLoss, check_closed_over, pair
 from jaxgrad._staging.two_traces import Misaligned
 
 
@@ -118,7 +118,7 @@ class Split:
         )
 
 
-def split(loss: Loss, rows: int) -> Split:
+def split(loss: TracedLoss, rows: int) -> Split:
     """Finds the frozen part of a loss and cuts it off at the cheapest place.
 
     Args:
@@ -146,7 +146,7 @@ def split(loss: Loss, rows: int) -> Split:
     )
 
 
-def _classes(loss: Loss, program: Program, rows: int) -> Classes:
+def _classes(loss: TracedLoss, program: Program, rows: int) -> Classes:
     try:
         other = loss.trace(2 * rows)
         pair(program, other)

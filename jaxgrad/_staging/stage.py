@@ -33,18 +33,19 @@ from jaxgrad._staging.features import Features
 from jaxgrad._staging.precompute import StageError
 from jaxgrad._staging.report import Report, report
 from jaxgrad._staging.split import Split, split
-from jaxgrad._staging.traced_loss import Loss
+from jaxgrad._staging.traced_loss import TracedLoss
 from jaxgrad._staging.two_traces import Misaligned
 from jaxgrad._tree.flat import PyTree, check_same_structure, flatten
 from jaxgrad._tree.rows import rows_of
 from jaxgrad._tree.select import select
+from jaxgrad._tree.types import Batch, Params
 from jaxgrad._tree.wrt import Wrt
 
 
 def stage(
     loss: Callable[..., PyTree],
-    params: PyTree,
-    batch: PyTree,
+    params: Params,
+    batch: Batch,
     wrt: Wrt,
     *,
     vary: Sequence[PyTree] = (),
@@ -94,7 +95,7 @@ def stage(
     """
     selection = select(params, wrt)
     rows = rows_of(batch, "the batch", "Pass what does not belong to an example by `vary`.")
-    source = Loss(loss, selection.named(params), selection.flags, _bare(batch), vary)
+    source = TracedLoss(loss, selection.named(params), selection.flags, _bare(batch), vary)
     try:
         # With one row, a sum over the batch looks like no sum at all.
         plan = _Plan(source, split(source, max(rows, 2)))
@@ -219,7 +220,7 @@ class Staged:
 class _Plan:
     """A split loss at each batch size in use. Compared by identity."""
 
-    def __init__(self, source: Loss, cut: Split) -> None:
+    def __init__(self, source: TracedLoss, cut: Split) -> None:
         self.source, self.split = source, cut
         names = jax.tree_util.tree_flatten_with_path(source.batch_tree.unflatten(source.batch))[0]
         self.names = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in names]

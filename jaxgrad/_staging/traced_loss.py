@@ -43,7 +43,7 @@ class Program:
         return depending(self.jaxpr.eqns, inputs)
 
 
-class Loss:
+class TracedLoss:
     """A loss with the shapes of its arguments; traces it at any batch size."""
 
     def __init__(

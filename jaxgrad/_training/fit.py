@@ -11,9 +11,8 @@ predicted to pay (`stage`). The steps are the same steps: same rows, same keys, 
 
 import contextlib
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from os import PathLike
-from typing import Any
 
 import jax
 import optax
@@ -28,15 +27,15 @@ from jaxgrad._optim.param_groups import ParamGroups, holds_groups
 from jaxgrad._training.job import Job, Stage
 from jaxgrad._training.session import Session
 from jaxgrad._training.state import Callback, StopTraining, TrainState
-from jaxgrad._tree.flat import PyTree
 from jaxgrad._tree.selection import SelectionError
+from jaxgrad._tree.types import Batch, Loss, Params
 from jaxgrad._tree.wrt import Wrt
 
 
 def fit(
-    loss: Callable[..., Any],
-    params: PyTree,
-    dataset: PyTree,
+    loss: Loss,
+    params: Params,
+    dataset: Batch,
     tx: optax.GradientTransformation,
     *,
     wrt: Wrt | None = None,
@@ -182,7 +181,7 @@ def _open(
     return stack.enter_context(Run(config, resume, place.sharding_of))
 
 
-def _wrt_of(tx: optax.GradientTransformation, params: PyTree) -> Wrt:
+def _wrt_of(tx: optax.GradientTransformation, params: Params) -> Wrt:
     """What a transformation trains, where nothing else says so."""
     if isinstance(tx, ParamGroups):
         return tx.assign(params).wrt

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -12,9 +12,10 @@ import optax
 
 from jaxgrad._checkpoint.record import Settings
 from jaxgrad._devices.placement import Placement
-from jaxgrad._tree.flat import PyTree, is_array
+from jaxgrad._tree.flat import is_array
 from jaxgrad._tree.rows import rows_of
 from jaxgrad._tree.selection import Selection
+from jaxgrad._tree.types import Batch, Loss
 
 Stage: TypeAlias = Literal["auto"] | bool
 
@@ -28,8 +29,8 @@ class Job:
         ValueError: a number is out of range, or the loss needs a key and there is none.
     """
 
-    loss: Callable[..., Any]
-    dataset: PyTree
+    loss: Loss
+    dataset: Batch
     tx: optax.GradientTransformation
     selection: Selection
     place: Placement
@@ -82,7 +83,7 @@ class Job:
         words = jax.random.key_data(self.key).tolist()
         return Settings(self.rows, batch_size, f"{jax.random.key_impl(self.key)} {words}")
 
-    def batch(self) -> PyTree:
+    def batch(self) -> Batch:
         """The shapes and dtypes of the first batch of a dataset of arrays."""
         rows = min(self.batch_size, self.rows)
 
@@ -100,7 +101,7 @@ def is_stream(dataset: object) -> bool:
     return is_leaf and not is_array(dataset) and isinstance(dataset, Iterable)
 
 
-def _takes_key(loss: Callable[..., Any], key: jax.Array | None) -> bool:
+def _takes_key(loss: Loss, key: jax.Array | None) -> bool:
     parameter = inspect.signature(loss).parameters.get("key")
     if parameter is None:
         return False

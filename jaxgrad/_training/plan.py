@@ -16,19 +16,20 @@ from jaxgrad._training.job import Job
 from jaxgrad._tree.flat import PyTree, flatten, halves, is_array
 from jaxgrad._tree.merge import merge
 from jaxgrad._tree.rows import rows_of
+from jaxgrad._tree.types import Batch, Grads, Params
 
 
 class Plan(NamedTuple):
     """How a step gets its loss and gradients: `objective(trainable, held, batch, **extra)`."""
 
-    objective: Callable[..., tuple[jax.Array, PyTree]]
+    objective: Callable[..., tuple[jax.Array, Grads]]
     held: PyTree  # what the objective needs beside the trainable half
-    data: PyTree  # batches of which it takes
+    data: Batch  # batches of which it takes
     line: str
     staged: bool = False
 
 
-def make_plan(job: Job, params: PyTree, was_staged: bool | None) -> Plan:
+def make_plan(job: Job, params: Params, was_staged: bool | None) -> Plan:
     """The plan of a training.
 
     Args:
@@ -59,7 +60,7 @@ def make_plan(job: Job, params: PyTree, was_staged: bool | None) -> Plan:
     )
 
 
-def _unstaged(job: Job, params: PyTree) -> Plan:
+def _unstaged(job: Job, params: Params) -> Plan:
     flat = flatten(job.selection.split(params)[1])
     frozen, static = halves(flat, [is_array(leaf) for leaf in flat.leaves])
     differentiate = value_and_grad(job.loss, wrt=job.selection)
@@ -70,7 +71,7 @@ def _unstaged(job: Job, params: PyTree) -> Plan:
     return Plan(objective, frozen, job.dataset, "nothing is staged")
 
 
-def _staged(job: Job, params: PyTree, must_pay: bool) -> Plan | str:
+def _staged(job: Job, params: Params, must_pay: bool) -> Plan | str:
     """The plan with the frozen part run once, or why there is none."""
     names = [*job.extra]
 

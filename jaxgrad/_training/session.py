@@ -31,6 +31,7 @@ from jaxgrad._training.steps import compile_steps
 from jaxgrad._training.streamed import stream
 from jaxgrad._tree.flat import PyTree
 from jaxgrad._tree.merge import merge
+from jaxgrad._tree.types import Batch, Params
 
 # Steps in a call, at most: a progress bar moves between calls, and a signal is looked at.
 _CALL = 256
@@ -49,7 +50,7 @@ class Session:
         StageError: see `make_plan`.
     """
 
-    def __init__(self, job: Job, params: PyTree, run: Run | None) -> None:
+    def __init__(self, job: Job, params: Params, run: Run | None) -> None:
         begun, was_staged, position = _begin(job, params, run)
         trainable, self.rest = job.selection.split(begun.params)
         if run:
@@ -126,7 +127,7 @@ class Session:
             resumed=self.resumed,
         )
 
-    def _feed(self) -> Iterator[tuple[Call, PyTree, np.ndarray]]:
+    def _feed(self) -> Iterator[tuple[Call, Batch, np.ndarray]]:
         job, log = self.job, self.log
         if job.streams:
             return stream(job, _CALL, log.position, resumable=self.run is not None)
@@ -134,7 +135,7 @@ class Session:
         return feed(job.place, self.plan.data, calls_of(job, most, log.step))
 
 
-def _begin(job: Job, params: PyTree, run: Run | None) -> tuple[TrainState, bool | None, Position]:
+def _begin(job: Job, params: Params, run: Run | None) -> tuple[TrainState, bool | None, Position]:
     """The state before the next step, whether the run was staged, how far it had read a stream."""
     place, selection = job.place, job.selection
     params = place.put(params)

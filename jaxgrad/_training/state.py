@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
-from jaxgrad._tree.flat import PyTree
+from jaxgrad._tree.types import OptState, Params
 
 Callback: TypeAlias = Callable[["TrainState"], Mapping[str, float] | None]
 
@@ -48,8 +48,8 @@ class TrainState:
             kept, added and dropped. Empty for a new run.
     """
 
-    params: PyTree
-    opt_state: Any
+    params: Params
+    opt_state: OptState
     step: int
     losses: np.ndarray
     history: tuple[dict[str, float], ...]

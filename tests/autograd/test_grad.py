@@ -1,4 +1,6 @@
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple, assert_type
 
 import equinox as eqx
 import flax.linen as nn
@@ -555,3 +557,37 @@ def test_stop_gradient_cuts_the_leaves_selected():
     assert "Did you mean 'target'?" in message(
         jg.stop_gradient, params, "targt", error=jg.SelectionError
     )
+
+
+class Line(NamedTuple):
+    slope: jax.Array
+    offset: jax.Array
+
+
+def test_gradients_have_the_type_of_the_parameters():
+    def loss(line: Line, x: jax.Array) -> jax.Array:
+        return jnp.sum(jg.tap(line.slope * x + line.offset, "y"))
+
+    def with_aux(line: Line, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return loss(line, x), {"x": x}
+
+    line, x = Line(jnp.array(2.0), jnp.array(1.0)), jnp.ones(3)
+    # pyright checks the types; here they are what they say.
+    value, grads = assert_type(jg.value_and_grad(loss, "slope")(line, x), tuple[jax.Array, Line])
+    assert value == 9 and grads.slope == 3 and grads.offset is None
+    assert assert_type(jg.grad(loss)(line, x), Line) == Line(jnp.array(3.0), jnp.array(3.0))
+    grads, aux = assert_type(
+        jg.grad(with_aux, has_aux=True)(line, x), tuple[Line, dict[str, jax.Array]]
+    )
+    assert grads.offset == 3 and aux["x"].shape == (3,)
+    grads, taps = assert_type(jg.grad(loss, taps=True)(line, x), tuple[Line, Mapping[str, Any]])
+    assert grads.slope == 3 and taps["y"].tolist() == [1, 1, 1]
+    both = jg.value_and_grad(with_aux, has_aux=True, taps=True)(line, x)
+    (_, aux), (grads, _) = assert_type(
+        both, tuple[tuple[jax.Array, dict[str, jax.Array]], tuple[Line, Mapping[str, Any]]]
+    )
+    assert aux["x"].shape == (3,) and grads.slope == 3
+    value, grads = assert_type(jg.backward(loss, line, x), tuple[jax.Array, Line])
+    assert value == 9 and grads.slope == 3
+    each = assert_type(jg.per_example_grads(loss)(line, x), Line)
+    assert each.slope.tolist() == [1, 1, 1]
