@@ -66,13 +66,13 @@ def audit(
             in one jit, as is usual; where `param_groups` is in it, it is given the trained half.
         wrt: what is *meant* to be trained; see `select`. Without it, the groups of `tx` where it
             comes from `param_groups`, else everything.
-        grad: `grad(params, batch)`, how gradients are made where it is otherwise:
+        grad: `grad(params, batch)`, how gradients are computed if in another way:
             `jaxgrad.grad(loss, wrt)` for holes, `jax.jit(jax.grad(loss))` where they come out of a
             jit of their own.
         step: `step(params, opt_state, batch)` to `(params, opt_state, ...)`, where the step is
             your own. Reasons are then looked for in `tx`, and which gradients are computed is only
             known by the cost of the step.
-        opt_state: the state of a run under way, where it is not a new one.
+        opt_state: the state of a run under way; by default a new one.
         previous: the optimizer's state before the selection was changed, of which that of what
             is still trained should have been carried over into `opt_state`.
         saved: the checkpoint of a run, or the tree that it saves: whether all parameters are there.
@@ -208,12 +208,12 @@ def _shares(grads: PyTree) -> list[float]:
 
 
 def _optimum(recipe: Recipe, trained: Sequence[bool], batch: PyTree) -> Cost | None:
-    """What a step costs of which only the trained half is differentiated."""
+    """The cost of a step that differentiates only the trained half."""
     split = split_by_hand(recipe, trained)
     try:
         state = split.init(split.arrays)
         return measured(split.programs, split.arrays, state, batch)[1]
-    except (TypeError, ValueError, KeyError):  # a transformation that must have the whole tree
+    except (TypeError, ValueError, KeyError):  # a transformation that needs the complete tree
         return None
 
 

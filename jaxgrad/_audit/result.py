@@ -96,8 +96,8 @@ class Audit:
         rows: what was found out about each parameter.
         leaks: what is wrong.
         cost: what a step costs.
-        split: what a step of the same optimizer costs where only what is trained is differentiated
-            and handed to it; None where it does not work on a half of the parameters.
+        split: the cost of a step of the same optimizer if only trained parameters are
+            differentiated and handed to it; None if it does not work on one half of them.
         state: bytes of the optimizer's state.
         staging: what `jaxgrad.stage` would save; None where the loss can't be staged.
         steps: the number of steps that were taken.
@@ -125,7 +125,7 @@ class Audit:
         raise KeyError(path)
 
     def raise_if_leaky(self) -> None:
-        """Raises where something is wrong: the last line of a test.
+        """Raises if something is wrong: the last line of a test.
 
         Raises:
             LeakError: there are leaks; the message has of each the paths, what, why and the fix.

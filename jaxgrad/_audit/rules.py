@@ -23,7 +23,7 @@ class Row:
             "unknown", within a step of one's own.
         share: its share in the squared global norm of the gradients, 0 to 1.
         state: bytes that the optimizer holds for it.
-        change: how it differs after some steps, None where it is the same to the bit.
+        change: how it differs after some steps, None if it is bit-identical.
         why: what moves it, some of "gradient", "raw gradient", "decay", "momentum", "noise"
             (found by experiment, so also where the value is yet unchanged); "statistics", where
             the step itself writes it; "rounding", where adding a zero has changed a bit.
@@ -47,7 +47,7 @@ class Leak:
     Attributes:
         kind: "moves", "ascends", "norm", "gradient", "state", "unused", "stopped", "stuck",
             "tied", "statistics", "lost", "forgotten", "unsaved" or "cost".
-        paths: the parameters at fault; none where it is the step as a whole.
+        paths: the parameters at fault; none if it is the complete step.
         what: what is wrong.
         why: how it comes about.
         fix: what to do.

@@ -69,7 +69,7 @@ class Recipe:
         return self.flat.treedef.unflatten(leaves)
 
     def everywhere(self, values: Sequence[Any]) -> list[Any]:
-        """Values for the arrays as values for the leaves of `flat`: None for what is no array."""
+        """Values for the arrays as values for the leaves of `flat`: None for other leaves."""
         given = iter(values)
         return [next(given) if is_array(x) else None for x in self.flat.leaves]
 
@@ -172,7 +172,7 @@ def recipe(
 
 
 def split_by_hand(recipe: Recipe, trained: Sequence[bool]) -> Recipe:
-    """The same transformation where only what is trained is differentiated and handed to it."""
+    """The same transformation, handed only the trained parameters and their gradients."""
     graded = tuple(
         t and is_array(x) and _is_inexact(x)
         for t, x in zip(trained, recipe.flat.leaves, strict=True)

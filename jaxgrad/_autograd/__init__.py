@@ -1,5 +1,5 @@
 """Gradients: of the selected leaves, of named intermediates, of each example, in half precision.
 
-One file per function that people call; `loss.py` and `microbatches.py` are what they share. May
+One file per function that people call; `loss.py` and `microbatches.py` hold what they share. May
 import `_jaxpr`, `_tree` and `_text`. A new transformation of a gradient is a file here.
 """

@@ -103,9 +103,9 @@ def value_and_grad(
         microbatches: split the batch in this many equal parts and accumulate the gradient over
             them in a `scan`, so that the memory of one part is enough. Arrays in `args` are
             split along their first axis, a typed PRNG key in `args` or `kwargs` gives each
-            part a key of its own, and everything else goes to each part whole. Value and
-            gradient are means over the parts: those of the whole batch for a `fun` that is a
-            mean over examples.
+            part a key of its own, and everything else goes to each part unsplit. Value and
+            gradient are means over the parts: those of the full batch if `fun` is a mean over
+            examples.
         taps: whether to return the cotangents of the values that `fun` names with `tap` as well.
 
     Returns:
@@ -117,9 +117,9 @@ def value_and_grad(
         with `jit`, `vmap`, `scan` and itself.
 
     Raises:
-        SelectionError: see `select`; or a selected leaf is no float, or a running statistic.
-        GradientError: `fun` returns no scalar, changed the state of an NNX module in `params`
-            (which would be lost), or the batch can't be split evenly.
+        SelectionError: see `select`; or a selected leaf is not a float, or is a running statistic.
+        GradientError: `fun` does not return a scalar, or changed the state of an NNX module in
+            `params` (which would be lost); or the batch can't be split evenly.
         RowsError: `microbatches` is given, and the arrays of the batch differ in their rows.
         TapError: see `tap`.
 
@@ -271,7 +271,7 @@ def backward(
         fun: `fun(params, *args)`, pure, to an array of any shape or a pytree of arrays.
         params: any pytree.
         *args: further arguments of `fun`, not differentiated.
-        gradient: the cotangent, of the structure, shapes and dtypes of the value. Where it is
+        gradient: the cotangent, of the structure, shapes and dtypes of the value. If it is
             `None`, the value must be real and have one element, whose cotangent is 1; an integer
             value has none.
         wrt: which leaves of `params` to differentiate; see `select`.
@@ -282,8 +282,8 @@ def backward(
         For complex numbers the gradient is JAX's, the conjugate of PyTorch's.
 
     Raises:
-        SelectionError: see `select`; or a selected leaf is no float, or a running statistic.
-        GradientError: `gradient` is missing for a value that is no real scalar, or has another
+        SelectionError: see `select`; or a selected leaf is not a float, or is a running statistic.
+        GradientError: `gradient` is missing for a value that is not a real scalar, or has another
             structure, shape or dtype than the value; or no value is of a floating-point dtype.
 
     Example:
@@ -330,7 +330,7 @@ def stop_gradient(tree: P, wrt: Wrt = "**") -> P:
         [3. 3.] [0. 0.]
 
     Source: `Tensor.detach`. To train a part of a model take `wrt`, which computes nothing for
-    the rest; this is for a value inside of a loss (a target network, a straight-through step).
+    the rest; this is for a value inside a loss (a target network, a straight-through step).
     """
     return select(tree, wrt).map(jax.lax.stop_gradient, tree)
 

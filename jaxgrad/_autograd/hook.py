@@ -37,8 +37,8 @@ def hook(x: T, fn: Callable[[T], T | None]) -> T:
     Args:
         x: an array, or a pytree of arrays.
         fn: from the cotangent of `x` (of its structure, shapes and dtypes, with `None` for
-            leaves that are no floats) to the one that is passed on; or to `None`, to look at it
-            only and let it pass. JAX traces it as all functions: to look at numbers take
+            leaves that are not floats) to the one that is passed on; or to `None`, to look at it
+            only and let it pass. JAX traces it like any function: to look at values use
             `jax.debug.print` or `jax.debug.callback`. Under `vmap`, `fn` sees one example.
 
     Returns:

@@ -1,8 +1,8 @@
 """Mixed precision: a loss in half precision of parameters that are kept in full.
 
 The cast is a part of the loss, so that its gradient is cast back: the optimizer sees the masters,
-in their own dtype, and only what is trained needs any. Of a frozen parameter the cast is a
-constant, which staging computes once.
+in their own dtype, and only trained parameters need one. The cast of a
+frozen parameter is a constant, which staging computes once.
 """
 
 import functools
@@ -31,7 +31,7 @@ def mixed_precision(loss: Callable[X, V], dtype: str = "bfloat16") -> Callable[X
         Gradients have the dtypes of the parameters that are passed.
 
     Raises:
-        ValueError: `dtype` is no floating-point dtype.
+        ValueError: `dtype` is not a floating-point dtype.
 
     Example:
         >>> import jax.numpy as jnp, jaxgrad as jg

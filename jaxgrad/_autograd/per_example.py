@@ -38,7 +38,7 @@ def per_example_grads(
     Returns:
         A function of the arguments of `loss`. Arrays in positional arguments have one row per
         example; a typed PRNG key in any argument gives each example a key of its own, and
-        everything else goes to each whole. It returns a tree of the structure of `params`, where
+        everything else goes to each unsplit. It returns a tree of the structure of `params`, where
         selected leaves have a new first axis, one entry per example, and the others are `None`.
         For a loss that is a mean over examples, the mean along this axis is its gradient.
 

@@ -4,7 +4,7 @@ A tap is an equation that does nothing, and carries a name: it is lowered to not
 that is full of taps computes what it did without. Where the gradients of the taps are asked
 for, the loss is traced, and run from its trace with one more input for each tap. This input is
 added to the tapped value *in the tangents only* (its own value is never read), so the forward
-pass stays the same to the bit and the gradient in the input is the cotangent of the value.
+pass stays the same bit for bit and the gradient in the input is the cotangent of the value.
 
 Flax's `perturb` asks for the same inputs by hand: a collection that is initialised, passed and
 differentiated. The trace has all that is needed to make them.
@@ -47,7 +47,7 @@ def tap(x: T, name: str) -> T:
     Returns:
         `x`. Nothing is computed for it until `value_and_grad(..., taps=True)` returns the
         cotangents of all taps by name: each of the structure, shapes and dtypes of `x`, with
-        `None` for leaves that are no floats. `scan` stacks them along a new first axis, as does
+        `None` for leaves that are not floats. `scan` stacks them along a new first axis, as does
         `vmap` for a value that it maps; a value shared by all examples has one cotangent, their
         sum. In a `cond` a name may occur once in each branch, with one shape; if the branch that
         has it does not run, its cotangent is zero.
@@ -136,7 +136,7 @@ def value_and_grads_of_taps(fun: Callable[..., Any]) -> Callable[..., Any]:
     """`jax.value_and_grad(fun, has_aux=True)`, with the cotangents of the taps beside `aux`.
 
     Args:
-        fun: `fun(params, *args)` to `(scalar, aux)`, of which `params` is differentiated.
+        fun: `fun(params, *args)` to `(scalar, aux)`, differentiated in `params`.
 
     Returns:
         A function to `((scalar, (aux, taps)), grads)`.
@@ -170,7 +170,7 @@ class _Site:
     Attributes:
         source: the line.
         tree: the structure of the tapped value.
-        avals: of its leaves, one turn of the loops around it.
+        avals: of its leaves, one iteration of the loops around it.
         mapped: see `tap_p`.
         turns: the lengths of the scans around it, the outermost first.
         again: whether it is in what a checkpoint computes again, for a gradient within `fun`.

@@ -34,7 +34,7 @@ class Apply(Protocol):
 
     @property
     def stats(self) -> PyTree:
-        """The statistics that the model had: a dict, empty where it has none."""
+        """The model's statistics: a dict, empty if it has none."""
         ...
 
     def __call__(
@@ -81,13 +81,13 @@ def functional(
 
         `apply.train(params, *args, stats=None, key=None, **kwargs)` returns `(output, stats)`, in
         training mode where `wrt` trains. Pass the new statistics to the next call, and a typed
-        PRNG key where the model draws random numbers. A Linen model may have a flag of its own
+        PRNG key if the model draws random numbers. A Linen model may have a flag of its own
         (`train=True`), which decides for its trained layers: pass it.
 
         `apply.stats` are the statistics that the model had, taken where `stats` is not given.
 
     Raises:
-        TypeError: `model` is no Flax module, or `variables` are missing.
+        TypeError: `model` is not a Flax module, or `variables` are missing.
         SelectionError: see `select`.
         ValueError: on a call, `params` or `stats` have another structure than the model's or
             holes, or random numbers are needed and `key` is missing.
@@ -242,7 +242,7 @@ class _LinenApply:
 def _in_modes(is_frozen: Callable[[str], bool]) -> Callable[..., Any]:
     """An interceptor of Linen calls that puts the frozen layers in inference mode.
 
-    The others are in the mode that the model gives them, and in training mode where it gives none.
+    The others are in the mode that the model gives them, and in training mode if it gives none.
     """
 
     def interceptor(

@@ -23,7 +23,7 @@ def apply_updates(params: T, updates: Grads) -> T:
     """Adds updates to parameters; where an update is a hole, the parameter stays the same array.
 
     Args:
-        params: any pytree, whole or a half.
+        params: any pytree, or one half of a partition.
         updates: a tree of the structure of `params`, with `None` for leaves to leave alone.
 
     Returns:

@@ -36,7 +36,7 @@ def params_ema(decay: float) -> optax.GradientTransformation:
 
     Raises:
         ValueError: `decay` is not in [0, 1).
-        UpdateError: on `update`, there are no `params`.
+        UpdateError: `update` was called without `params`.
 
     Example:
         >>> import jax.numpy as jnp, optax, jaxgrad as jg
@@ -71,7 +71,7 @@ def params_ema(decay: float) -> optax.GradientTransformation:
 
 
 def averaged_params(params: T, opt_state: PyTree) -> T:
-    """Returns the parameters with the averages that `params_ema` keeps, where it keeps any.
+    """Returns the parameters, with the averages that `params_ema` keeps in place of its leaves.
 
     Args:
         params: all parameters, or the trainable half.
@@ -81,7 +81,7 @@ def averaged_params(params: T, opt_state: PyTree) -> T:
         The tree of `params`; frozen leaves are those given.
 
     Raises:
-        UpdateError: there is no average in the state, or no step was taken yet.
+        UpdateError: the state has no average, or no step was taken yet.
 
     Example:
         >>> import jax.numpy as jnp, optax, jaxgrad as jg

@@ -1,4 +1,4 @@
-"""`fit`: a plan, jitted calls of many steps, the rows they take, and what is kept of them.
+"""`fit`: a job, its plan and session, jitted calls of many steps, and the rows that they take.
 
 May import everything below; only the face and `cli` import it. A callback belongs in
 `callbacks.py`.

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# Of the rows of one call on a mesh or from a stream; two calls' rows are held at a time.
+# For the rows of one call on a mesh or from a stream; two calls' rows are held at a time.
 BYTES_PER_CALL = 64 * 2**20
 
 

@@ -146,7 +146,7 @@ def fit(
         run = _open(checkpoint, resume, job.place, stack)
         signals = stack.enter_context(caught_signals(run is not None))
         session = Session(job, params, run)
-        del params  # what is trained is there once, but for the caller's own
+        del params  # one copy of the trained leaves, beside the caller's own
         done = session.log.step * batch_size
         advance = stack.enter_context(
             progress_bar(epochs * job.rows or None, "compiling", progress, done=done)
@@ -182,7 +182,7 @@ def _open(
 
 
 def _wrt_of(tx: optax.GradientTransformation, params: Params) -> Wrt:
-    """What a transformation trains, where nothing else says so."""
+    """What a transformation trains if there is no `wrt`."""
     if isinstance(tx, ParamGroups):
         return tx.assign(params).wrt
     if holds_groups(jax.eval_shape(tx.init, params)):

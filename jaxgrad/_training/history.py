@@ -10,7 +10,7 @@ from jaxgrad._training.calls import Call
 
 @dataclasses.dataclass
 class Log:
-    """What has happened, and what has since the last record."""
+    """What has happened so far, and since the last entry of the history."""
 
     step: int
     losses: np.ndarray
@@ -22,12 +22,12 @@ class Log:
     in_a_row: int = 0
 
     def add(self, call: Call, values: np.ndarray, finite: np.ndarray, skip: int) -> int | None:
-        """Adds a call; returns the first step of it that was one too many, if one was."""
+        """Adds a call; returns its first step beyond `skip` consecutive non-finite ones, if any."""
         for i, good in enumerate(finite[: call.steps]):
             self.in_a_row = 0 if good else self.in_a_row + 1
             self.skipped += not good
             if self.in_a_row > skip:
-                # From here on nothing moved, nor in the steps before that were passed over.
+                # Nothing moved from here on, nor in the skipped steps before.
                 losses = np.concatenate([self.losses, values[: i + 1]])
                 self.step += i - skip
                 self.position = dict(enumerate(call.positions)).get(i - skip - 1, self.position)
@@ -45,7 +45,7 @@ class Log:
         return f"loss {self.losses[-1]:.4f}  {self.rows / self.seconds:,.0f} rows/s"
 
     def close_chunk(self, epoch: int) -> None:
-        """Adds the record of a chunk."""
+        """Adds the entry of a chunk."""
         since = int(self.history[-1]["step"]) if self.history else 0
         losses = self.losses[since:]
         mean = float(losses[np.isfinite(losses)].mean()) if np.isfinite(losses).any() else np.nan

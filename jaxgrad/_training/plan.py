@@ -23,8 +23,8 @@ class Plan(NamedTuple):
     """How a step gets its loss and gradients: `objective(trainable, held, batch, **extra)`."""
 
     objective: Callable[..., tuple[jax.Array, Grads]]
-    held: PyTree  # what the objective needs beside the trainable half
-    data: Batch  # batches of which it takes
+    held: PyTree  # what the objective needs besides the trainable half
+    data: Batch  # whose batches it takes
     line: str
     staged: bool = False
 

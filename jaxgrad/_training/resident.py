@@ -1,7 +1,7 @@
 """The rows of the coming steps, brought to where the steps run.
 
-On one device the dataset lies there whole, and a step picks its rows by number. On a mesh it stays
-where it is, in host memory or in a memory-mapped file, and may be larger than all devices: while
+On one device the complete dataset is there, and a step picks its rows by index. On a mesh it stays
+in host memory or in a memory-mapped file, and may be larger than all devices: while
 a call runs, the rows of the next one are gathered and put on the mesh. Each process reads
 those that its own devices take, in the order in which one device would take them.
 """
@@ -34,7 +34,7 @@ def calls_of(job: Job, most: int, done: int) -> Iterator[Call]:
             chunk_end = min((at // every + 1) * every, steps)
             end = min(chunk_end, at + most, full) if at < full else steps
             batches = order[at * job.batch_size : end * job.batch_size].reshape(end - at, -1)
-            # One shape for all calls of whole batches, that is one compilation.
+            # One shape, so one compilation, for all calls of full batches.
             room = min(most, every, full) - len(batches) if at < full else 0
             padded = np.pad(batches, ((0, room), (0, 0)))
             yield Call(epoch, padded, end - at, end == chunk_end)

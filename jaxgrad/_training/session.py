@@ -86,7 +86,7 @@ class Session:
                 message = non_finite(call, lost, values, self.log)
                 raise NonFiniteLossError(message, self.state(), call.batches[lost])
             yield call
-            start = time.perf_counter()  # the wait for rows counts, callbacks and saves don't
+            start = time.perf_counter()  # the wait for rows counts, callbacks and saves do not
 
     def record(self, epoch: int, callbacks: Sequence[Callback]) -> None:
         """Adds the entry of a chunk to the history, with what the callbacks return."""
@@ -115,7 +115,7 @@ class Session:
             self.save()
 
     def state(self, *, copy: bool = False) -> TrainState:
-        """The state after the last call; the next call takes over its buffers if it is no copy."""
+        """The state after the last call. The next call takes over its buffers, unless `copy`."""
         trainable, opt_state, _ = _copied(self.carry) if copy else self.carry
         return TrainState(
             params=merge(trainable, self.rest),

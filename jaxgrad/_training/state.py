@@ -12,11 +12,11 @@ Callback: TypeAlias = Callable[["TrainState"], Mapping[str, float] | None]
 
 
 class NonFiniteLossError(ArithmeticError):
-    """A loss or gradient that is infinite or no number; the message names the step and the rows.
+    """A loss or gradient that is infinite or NaN; the message names the step and the rows.
 
     Attributes:
         state: the `TrainState` before the step, the last good one.
-        rows: the numbers of the step's rows in the dataset, `int[batch]`; of a stream, in its pass.
+        rows: the indices of the step's rows in the dataset, `int[batch]`, or in the stream's pass.
     """
 
     __module__ = "jaxgrad"

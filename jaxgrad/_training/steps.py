@@ -1,4 +1,4 @@
-"""Many steps of training as one jitted call, with the frozen part run beforehand where it pays.
+"""Many steps of training as one jitted call, with the frozen part run beforehand if that pays.
 
 The number of steps in a call is a value and not a shape: a call of three steps and one of three
 hundred are the same program, so that a run that was interrupted anywhere goes on to the same bits.
@@ -27,8 +27,8 @@ def compile_steps(
     Args:
         objective: see `Plan`.
         tx: the optimizer.
-        skip: how many steps in a row may be no numbers; after one more, nothing moves any more.
-        pinned: the shardings of what it returns, where there is a mesh.
+        skip: how many consecutive steps may not be finite; after one more, nothing moves.
+        pinned: the shardings of the results, if there is a mesh.
 
     Returns:
         `run(carry, held, data, batches, key, (first, n)) -> (carry, losses, finite)`. The carry is
@@ -63,7 +63,7 @@ def compile_steps(
                 finite.at[i].set(good),
             )
 
-        # As wide as JAX is set up to be: any loss fits in.
+        # As wide as JAX is configured to be, so that any loss fits.
         losses = jnp.zeros(len(batches), jax.dtypes.canonicalize_dtype(np.float64))
         finite = jnp.zeros(len(batches), bool)
         return jax.lax.fori_loop(0, n, step, (carry, losses, finite))
@@ -71,12 +71,12 @@ def compile_steps(
     return jax.jit(run, donate_argnums=0, out_shardings=pinned)
 
 
-# Numbers in a leaf that is joined with others to be looked at; to join is to copy.
+# Elements of a leaf that is joined with others for the check; joining copies.
 _SMALL = 4096
 
 
 def _all_finite(tree: PyTree) -> jax.Array:
-    """Whether every number of a tree is one: then its product with zero is zero.
+    """Whether every element of a tree is finite: its product with zero is zero.
 
     The small leaves are summed as one array. With a reduction for each, and by `isfinite`, a third
     of the time to compile the steps of a Transformer's last blocks went into this check.

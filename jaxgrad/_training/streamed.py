@@ -114,7 +114,7 @@ def _rows(batch: PyTree, place: Placement) -> int:
 
 
 def _room(batch: PyTree) -> int:
-    """How many such batches a call may have."""
+    """How many such batches fit in a call."""
     return max(1, BYTES_PER_CALL // max(1, sum(map(nbytes, jax.tree.leaves(batch)))))
 
 
@@ -126,7 +126,7 @@ def _with_states(source: Iterator[PyTree]) -> Iterator[tuple[PyTree, Any]]:
 
 
 def _and_last(items: Iterator[T]) -> Iterator[tuple[T, bool]]:
-    """The items, and whether there is no other after it."""
+    """Each item, and whether it is the last."""
     ahead = next(items, None)
     while ahead is not None:
         item, ahead = ahead, next(items, None)
@@ -134,7 +134,7 @@ def _and_last(items: Iterator[T]) -> Iterator[tuple[T, bool]]:
 
 
 def _encoded(state: Any) -> Any:
-    """The state as JSON has it."""
+    """The state as JSON can hold it."""
     return {"base64": base64.b64encode(state).decode()} if isinstance(state, bytes) else state
 
 

@@ -1,7 +1,7 @@
-"""Whether two trees are the same to the bit, and a test's way to say that they must be.
+"""Whether two trees are bit-identical, and an assertion of it for tests.
 
 `==` is the wrong question for frozen weights: it takes `-0.0` for `0.0`, and no NaN for equal to
-itself. The bytes are compared, and numbers only speak in the message.
+itself. Bytes are compared; values appear only in the message.
 """
 
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class Change(NamedTuple):
     """How an array differs from another of its shape and dtype.
 
     Attributes:
-        numbers: how many of its numbers differ in a bit.
+        numbers: how many of its elements differ in a bit.
         largest: the largest difference; 0 where only bits differ, NaN where a NaN came or went.
     """
 

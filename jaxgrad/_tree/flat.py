@@ -24,7 +24,7 @@ class Absent:
     """Stands in the second half for a `None` of the original tree.
 
     Without it a `None` that the tree always had (an unused bias, say) and the hole of a leaf
-    that went missing look the same, and `merge` could not tell a whole tree from a torn one.
+    that went missing look the same, and `merge` could not tell a complete tree from a torn one.
     """
 
     def __eq__(self, other: object) -> bool:
@@ -111,7 +111,7 @@ def paths(tree: PyTree) -> list[str]:
     Returns:
         Paths as `wrt` patterns match them: keys, attribute names and indices joined by `/`.
         The value of an NNX Variable goes by the Variable's path (`head/kernel`). Holes
-        (`None`) have none, nor has a leaf that is no array (a function in an Equinox module).
+        (`None`) have none, nor does a leaf that is not an array (a function in an Equinox module).
 
     Example:
         >>> import jax.numpy as jnp, jaxgrad as jg

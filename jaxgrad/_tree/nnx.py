@@ -1,10 +1,10 @@
-"""The types of Flax NNX that a tree may hold, without importing Flax where nobody uses it."""
+"""The types of Flax NNX that a tree may hold, without importing Flax if it is not in use."""
 
 import sys
 
 
 def nnx_types(*names: str) -> tuple[type, ...]:
-    """Classes of `flax.nnx`, or none of them where nobody has loaded Flax.
+    """Classes of `flax.nnx`, or none if Flax is not loaded.
 
     An NNX object can't exist before Flax is loaded, so asking for its class never has to pay
     for the import.

@@ -25,7 +25,7 @@ def nodes_of(paths: Sequence[str]) -> set[str]:
 
 
 def matches(glob: str, paths: Sequence[str]) -> list[bool]:
-    """Which paths a pattern takes: itself, where it is one of them literally, else as a glob.
+    """Which paths a pattern takes: itself if it is one of them literally, else those of the glob.
 
     Raises:
         re.error: the pattern holds a malformed character set (`[z-a]`).
@@ -40,7 +40,7 @@ def matches(glob: str, paths: Sequence[str]) -> list[bool]:
 def compiled(glob: str) -> re.Pattern[str]:
     """A glob as a regular expression.
 
-    It has a group for each run of stars, in order, and a last one for what is below the matched
+    It has a group for each run of stars, in order, and a last one for the path below the matched
     node. `**/` takes no level too (`**/a` matches `a`), and so does `/**` (`a/**` matches `a`).
     """
     tokens = re.findall(r"(?:(?<=/)|^)\*\*/|/\*\*(?=/|$)|\*+|\?|\[[!]?\]?[^\]]*\]|.", glob)

@@ -4,7 +4,7 @@ Under `lax.scan` (or `nn.scan`, `nnx.scan`) all layers of a kind are one leaf, a
 selected or not. A mask within a leaf would need every function that takes a `wrt` to know of
 slices. Two leaves need nothing: the stack is taken apart into `first` and `last`, which have paths
 like any others, and is put together inside the loss. Staging sees the scan over the two, and runs
-it as two scans, of which the first is frozen.
+it as two scans, the first of them frozen.
 """
 
 from collections.abc import Callable
