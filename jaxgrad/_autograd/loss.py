@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxgrad._text import listed, spec
 from jaxgrad._tree.flat import PyTree, is_array, is_hole, variables
 from jaxgrad._tree.nnx import nnx_types
+from jaxgrad._tree.pattern import is_within
 from jaxgrad._tree.select import select
 from jaxgrad._tree.selection import Selection, SelectionError
 from jaxgrad._tree.wrt import Wrt
@@ -44,7 +45,7 @@ def differentiable(params: PyTree, wrt: Wrt) -> Selection:
                 f"only floating-point leaves have. Exclude it: wrt=[..., '!{path}']."
             )
     for name, node in variables(params, "BatchStat"):
-        held = (path == name or path.startswith(name + "/") for path in selection.paths)
+        held = (is_within(path, name) for path in selection.paths)
         if jax.tree.leaves(node) and any(held):
             raise SelectionError(
                 f"wrt selects '{name}', a running statistic ({type(node).__name__}), which no "

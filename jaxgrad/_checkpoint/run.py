@@ -47,6 +47,7 @@ from jaxgrad._disk.atomic import remove_directory
 from jaxgrad._disk.digest import content_name
 from jaxgrad._text import listed
 from jaxgrad._tree.flat import PyTree
+from jaxgrad._tree.pattern import is_within
 
 T = TypeVar("T")
 
@@ -165,7 +166,7 @@ class Run:
             except UnreadableError:
                 raise
             except Exception as e:  # Orbax and TensorStore report damage by many types
-                why = " ".join(str(e).split())[:300]
+                why = _in_one_line(e)
             if greatest(saved is None):
                 if is_first():
                     warnings.warn(
@@ -254,7 +255,7 @@ class Run:
         except Exception as e:
             steps = self._complete()
             last = f"the last complete step is {steps[-1]}" if steps else "no step is complete"
-            why = " ".join(str(e).split())[:300]
+            why = _in_one_line(e)
             raise CheckpointError(
                 f"step {self._last} could not be saved in '{self.root}' ({why}); {last}. Free "
                 "space, or fix the permissions, and continue with resume=True."
@@ -375,9 +376,11 @@ def under(node: str, leaves: Mapping[str, T]) -> dict[str, T]:
     """The leaves below a node; the node itself, if it is a leaf, by the empty path."""
     if not node:
         return dict(leaves)
-    return {
-        p[len(node) + 1 :]: x for p, x in leaves.items() if p == node or p.startswith(node + "/")
-    }
+    return {p[len(node) + 1 :]: x for p, x in leaves.items() if is_within(p, node)}
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _open(path: Path, step: int) -> tuple[Stored, StepRecord]:

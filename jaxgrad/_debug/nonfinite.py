@@ -29,6 +29,7 @@ from jaxgrad._jaxpr.source import whence
 from jaxgrad._jaxpr.views import Cond, Scan, While, view
 from jaxgrad._text import listed, spec
 from jaxgrad._tree.flat import Flat, PyTree, flatten
+from jaxgrad._tree.pattern import is_within
 from jaxgrad._tree.types import Loss, Params
 from jaxgrad._tree.wrt import Wrt
 
@@ -192,7 +193,7 @@ def _first_origin(fun: Callable[..., Any], flat: Flat, params: str) -> _Origin |
 
 def _input(x: ArrayLike, path: str, params: str) -> _Value:
     origin = None if _finite(x) else _Origin(path, _describe(x), None, _has_nan(x))
-    of_params = path == params or path.startswith(f"{params}/")
+    of_params = is_within(path, params)
     return _Value(x, path, origin, (path,) if of_params else (), of_params)
 
 

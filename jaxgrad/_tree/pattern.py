@@ -24,6 +24,11 @@ def nodes_of(paths: Sequence[str]) -> set[str]:
     }
 
 
+def is_within(path: str, node: str) -> bool:
+    """Whether a path is that of a node or of something below it."""
+    return path == node or path.startswith(f"{node}/")
+
+
 def matches(glob: str, paths: Sequence[str]) -> list[bool]:
     """Which paths a pattern takes: itself if it is one of them literally, else those of the glob.
 
@@ -31,7 +36,7 @@ def matches(glob: str, paths: Sequence[str]) -> list[bool]:
         re.error: the pattern holds a malformed character set (`[z-a]`).
     """
     if glob in paths or glob in nodes_of(paths):
-        return [path == glob or path.startswith(glob + "/") for path in paths]
+        return [is_within(path, glob) for path in paths]
     regex = compiled(glob)
     return [regex.fullmatch(path) is not None for path in paths]
 
