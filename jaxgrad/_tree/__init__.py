@@ -1,5 +1,5 @@
 """Trees taken apart and named: paths, selections by `wrt`, halves, rows, bitwise comparison.
 
-May import `_text` alone. Nearly everything else stands on it, so a new helper needs a good
+May import only `_text`. Nearly everything else builds on it, so a new helper needs a good
 reason.
 """

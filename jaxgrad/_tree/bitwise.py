@@ -1,7 +1,7 @@
 """Whether two trees are bit-identical, and an assertion of it for tests.
 
-`==` is the wrong question for frozen weights: it takes `-0.0` for `0.0`, and no NaN for equal to
-itself. Bytes are compared; values appear only in the message.
+`==` is the wrong test for frozen weights: `-0.0` equals `0.0`, and a NaN does not equal itself. So
+bytes are compared; values appear only in the message.
 """
 
 from typing import NamedTuple
@@ -26,7 +26,7 @@ class Change(NamedTuple):
 
     Attributes:
         numbers: how many of its elements differ in a bit.
-        largest: the largest difference; 0 where only bits differ, NaN where a NaN came or went.
+        largest: the largest difference; 0 if only bits differ, NaN if a NaN came or went.
     """
 
     numbers: int
@@ -34,7 +34,7 @@ class Change(NamedTuple):
 
     def __str__(self) -> str:
         if self.largest == 0:
-            return "in bits alone (the sign of a zero, or the payload of a NaN)"
+            return "only in its bits (the sign of a zero, or the payload of a NaN)"
         return f"by up to {self.largest:.3g}"
 
 
@@ -62,8 +62,8 @@ def assert_frozen(before: PyTree, after: PyTree, wrt: Wrt) -> None:
 
     Raises:
         LeakError: a frozen leaf differs in a bit, shape or dtype, or the structures differ; the
-            message names the paths and the largest change. `-0.0` is not `0.0` here, and a NaN is
-            itself unless its payload changes.
+            message names the paths and the largest change. `-0.0` is not `0.0` here, and a NaN
+            equals itself unless its payload changes.
         SelectionError: a pattern matches no leaf.
 
     Example:
@@ -73,7 +73,7 @@ def assert_frozen(before: PyTree, after: PyTree, wrt: Wrt) -> None:
         >>> jg.assert_frozen(before, before | {"trunk": jnp.full(3, 0.5)}, "head")
         Traceback (most recent call last):
             ...
-        jaxgrad.LeakError: 1 frozen leaf changed: 'trunk' by up to 0.5 (3 of 3 numbers). ...
+        jaxgrad.LeakError: 1 frozen leaf changed: 'trunk' by up to 0.5 (3 of 3 elements). ...
 
     Source: a loop over `named_parameters` with `torch.equal`, which takes `-0.0` for `0.0`.
     """
@@ -89,7 +89,7 @@ def assert_frozen(before: PyTree, after: PyTree, wrt: Wrt) -> None:
         if is_hole(a) != is_hole(b) or spec(a) != spec(b):
             changed.append(f"'{path}' from {_named(a)} to {_named(b)}")
         elif found := change(a, b):
-            of = f"{found.numbers:,} of {host(a).size:,} numbers"
+            of = f"{found.numbers:,} of {host(a).size:,} elements"
             changed.append(f"'{path}' {found} ({of})")
     if changed:
         raise LeakError(
@@ -99,14 +99,14 @@ def assert_frozen(before: PyTree, after: PyTree, wrt: Wrt) -> None:
 
 
 def host(x: ArrayLike) -> np.ndarray:
-    """An array as NumPy has it; a typed PRNG key as its words."""
+    """A NumPy array of the same bytes; a typed PRNG key as its words."""
     if isinstance(x, jax.Array) and is_key(x):
         x = jax.random.key_data(x)
     return np.ascontiguousarray(np.asarray(x))
 
 
 def wide(x: ArrayLike) -> np.ndarray:
-    """An array in double precision, in which differences and squares of all others fit."""
+    """An array in double precision, wide enough for differences and squares of other dtypes."""
     x = np.asarray(x)
     return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
 

@@ -1,8 +1,8 @@
-"""A tree taken apart: its leaves by position, their paths, and the holes in it.
+"""A flattened tree: its leaves by position, their paths, and the holes in it.
 
-A tree is taken apart by the *position* of its leaves and named by their paths; neither the tree nor
-its leaves change. The hole that a leaf leaves in the other half is `None`, which JAX reads as an
-empty subtree: `jax.grad`, `jax.jit` and Optax then do no work for it at all.
+Leaves are identified by *position* and named by path; neither the tree nor its leaves change. The
+hole that a leaf leaves in the other half is `None`, which JAX reads as an empty subtree:
+`jax.grad`, `jax.jit` and Optax then do no work for it at all.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ class Absent:
     """Stands in the second half for a `None` of the original tree.
 
     Without it a `None` that the tree always had (an unused bias, say) and the hole of a leaf
-    that went missing look the same, and `merge` could not tell a complete tree from a torn one.
+    that went missing look the same, and `merge` could not tell a complete tree from a partial one.
     """
 
     def __eq__(self, other: object) -> bool:
@@ -41,8 +41,8 @@ class Absent:
 class Flat:
     """A tree's leaves and holes in order: `treedef.unflatten(leaves)` is the tree.
 
-    The paths are computed when they are first asked for: naming the leaves takes far longer than
-    taking the tree apart, and most calls never name one.
+    The paths are computed on first use: naming the leaves takes far longer than flattening the
+    tree, and most calls never name one.
     """
 
     leaves: list[Any]
@@ -150,16 +150,16 @@ def abstract(flat: Flat) -> Flat:
 def check_same_structure(
     a: Flat, b: Flat, a_name: str, b_name: str, error: type[ValueError]
 ) -> None:
-    """Raises, naming the paths, where two flattened trees differ in more than their leaves."""
+    """Raises, naming the paths, if two flattened trees differ in more than their leaves."""
     if a.treedef == b.treedef:
         return
     for here, there, have, lack in ((a, b, a_name, b_name), (b, a, b_name, a_name)):
         if extra := [f"'{path}'" for path in sorted({*here.paths} - {*there.paths})]:
             raise error(
-                f"{have} has {count(extra, 'leaf', verb=False)} that {lack} has not: "
-                f"{listed(extra)}. Both must have one structure, with None for a hole."
+                f"{have} has {count(extra, 'leaf', verb=False)} that {lack} lacks: "
+                f"{listed(extra)}. Both must have the same structure, with None for a hole."
             )
     raise error(
-        f"{a_name} and {b_name} have the same paths but other containers: "
-        f"{a.treedef} against {b.treedef}. Build both from one tree."
+        f"{a_name} and {b_name} have the same paths but different containers: "
+        f"{a.treedef} and {b.treedef}. Build both from one tree."
     )

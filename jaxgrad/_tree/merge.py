@@ -1,4 +1,4 @@
-"""The parts of a tree put together again."""
+"""Halves of a tree merged into the complete tree."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -16,7 +16,7 @@ class MergeError(ValueError):
 
 
 def merge(*trees: T) -> T:
-    """Puts the halves of a tree together again.
+    """Merges the halves of a tree into the complete tree.
 
     Args:
         *trees: trees of one structure; each leaf is in exactly one of them, and a hole in
@@ -37,7 +37,7 @@ def merge(*trees: T) -> T:
             ...
         jaxgrad.MergeError: 1 leaf is in more than one tree: 'head' (in trees 0 and 1). ...
 
-    Source: Equinox's `combine`, which lets the first of two leaves win unseen.
+    Source: Equinox's `combine`, which silently takes the first of two leaves.
     """
     if not trees:
         raise TypeError("merge() needs at least one tree")
@@ -71,5 +71,5 @@ def _refuse(
         )
     raise MergeError(
         f"{count(missing, 'leaf')} in none of the {n} trees: {listed(missing)}. "
-        "Pass every half; where None is the value meant, take the halves from `partition`."
+        "Pass every half; if None is the intended value, make the halves with `partition`."
     )

@@ -10,5 +10,5 @@ def nnx_types(*names: str) -> tuple[type, ...]:
     for the import.
     """
     nnx = sys.modules.get("flax.nnx")
-    # Half-way through its own import, the module lacks some of its names.
+    # While it is being imported, the module lacks some of its names.
     return tuple(getattr(nnx, name) for name in names if hasattr(nnx, name))

@@ -1,4 +1,4 @@
-"""Paths, and the patterns that match them: one language, for `wrt` and for `torch.Rule` alike.
+"""Paths, and the patterns that match them: one language for both `wrt` and `torch.Rule`.
 
 A pattern takes the paths that it matches and everything below them, so that the name of a layer
 takes the layer. Gitignore and Flax's `nnx.PathContains` read a name the same way; a shell's glob,
@@ -46,7 +46,7 @@ def compiled(glob: str) -> re.Pattern[str]:
     """A glob as a regular expression.
 
     It has a group for each run of stars, in order, and a last one for the path below the matched
-    node. `**/` takes no level too (`**/a` matches `a`), and so does `/**` (`a/**` matches `a`).
+    node. `**/` also matches no level (`**/a` matches `a`), as does `/**` (`a/**` matches `a`).
     """
     tokens = re.findall(r"(?:(?<=/)|^)\*\*/|/\*\*(?=/|$)|\*+|\?|\[[!]?\]?[^\]]*\]|.", glob)
     if glob == "**":

@@ -1,4 +1,4 @@
-"""Which leaves: a `wrt` resolved against a tree, and the tree split by it."""
+"""Selects leaves: a `wrt` resolved against a tree, and the tree split by it."""
 
 import dataclasses
 from typing import TypeVar
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def select(tree: PyTree, wrt: Wrt) -> Selection:
-    """Returns which leaves `wrt` selects, as a value that every other function takes for a `wrt`.
+    """Resolves `wrt` against a tree, to a value that every other function takes as its `wrt`.
 
     Args:
         tree: any pytree: a Linen dict, an NNX State or module, an Equinox module, a dataclass,
@@ -23,7 +23,7 @@ def select(tree: PyTree, wrt: Wrt) -> Selection:
               everything below the nodes that it matches: `"head"` is `"head/**"`. A glob that is
               literally a path of the tree (`"w[0]"`) means that path. `"!embed"` excludes:
               everything but;
-            - a list of globs: the leaves that one of them matches (all leaves, if the list
+            - a list of globs: the leaves that any of them matches (all leaves, if the list
               only excludes) and that no exclusion matches;
             - a predicate `(path, leaf) -> bool`;
             - a tree of booleans: each decides its own path and all below it;
@@ -32,15 +32,15 @@ def select(tree: PyTree, wrt: Wrt) -> Selection:
             A leaf that is not an array (a function in an Equinox module) is never selected.
 
     Returns:
-        A `Selection`. Its repr says how much is selected of how much, `.paths` which leaves,
-        `.mask` is the tree of booleans.
+        A `Selection`. Its repr says how much of the tree is selected, `.paths` lists the leaves,
+        and `.mask` is the tree of booleans.
 
     Raises:
         SelectionError: a pattern matches no leaf (the message names the nearest paths), nothing is
             selected, a boolean tree or a `Selection` does not fit, or an NNX parameter is tied: it
-            stands at two paths, and each copy would get a part of the gradient. A module that is
-            itself an argument of `jax.jit` has lost its ties before anything can see them: pass
-            tied models through `functional`.
+            is at two paths, and each copy would get part of the gradient. A module that is itself
+            an argument of `jax.jit` has lost its ties before anything can see them: pass tied
+            models through `functional`.
 
     Example:
         >>> import jax.numpy as jnp, jaxgrad as jg
@@ -89,7 +89,7 @@ def partition(tree: T, wrt: Wrt) -> tuple[T, T]:
 
 
 def resolve(flat: Flat, wrt: Wrt) -> Selection:
-    """`select` in a tree that is taken apart, tied parameters or not."""
+    """`select` on a flattened tree, which may have tied parameters."""
     flags = match(flat, wrt)
     if not any(flag and is_array(leaf) for flag, leaf in zip(flags, flat.leaves, strict=True)):
         what = "a predicate" if callable(wrt) else repr(wrt)
@@ -101,12 +101,12 @@ def resolve(flat: Flat, wrt: Wrt) -> Selection:
 
 
 def refuse_tied(tree: PyTree) -> None:
-    """Raises where one NNX variable stands at two paths."""
+    """Raises if one NNX variable is at two paths."""
     seen: dict[int, str] = {}
     for name, node in variables(tree):
         if (first := seen.setdefault(id(node), name)) != name:
             raise SelectionError(
-                f"'{first}' and '{name}' are one tied {type(node).__name__}. Taken apart as a "
-                "pytree, each copy would get a part of the gradient and they would drift apart. "
-                "Use `apply, params = jaxgrad.functional(model)`, which keeps them one."
+                f"'{first}' and '{name}' are one tied {type(node).__name__}. Flattened as a "
+                "pytree, each copy would get part of the gradient and the two would drift apart. "
+                "Use `apply, params = jaxgrad.functional(model)`, which keeps them tied."
             )

@@ -2,7 +2,7 @@
 
 PyTorch keeps `requires_grad` on the tensor, so what is trained is spread over the model's state.
 Here it is one value that gradients, optimizers, staging and checkpoints share. It holds paths,
-shapes and flags but no array, so it keeps no memory alive and may cross the border of a `jit`.
+shapes and flags but no array, so it keeps no memory alive and may cross the boundary of a `jit`.
 """
 
 import dataclasses
@@ -103,7 +103,7 @@ class Selection:
         return flat.treedef.unflatten(leaves)
 
     def named(self, tree: PyTree) -> Flat:
-        """The leaves of a tree of this structure; unlike `flatten` it computes no path anew."""
+        """Flattens a tree of this structure; unlike `flatten` it reuses the paths."""
         flat = flatten(tree)
         check_same_structure(self.flat, flat, "the selection", "the tree", SelectionError)
         return dataclasses.replace(flat, named=self.flat.paths)

@@ -1,10 +1,10 @@
-"""Layers that are stacked along an axis: the first of them frozen, the last of them trained.
+"""Layers stacked along an axis: the first ones frozen, the last ones trained.
 
 Under `lax.scan` (or `nn.scan`, `nnx.scan`) all layers of a kind are one leaf, and a leaf is either
-selected or not. A mask within a leaf would need every function that takes a `wrt` to know of
-slices. Two leaves need nothing: the stack is taken apart into `first` and `last`, which have paths
-like any others, and is put together inside the loss. Staging sees the scan over the two, and runs
-it as two scans, the first of them frozen.
+selected or not. A mask within a leaf would require every function that takes a `wrt` to
+handle slices. Two leaves require nothing: the stack is split into `first` and `last`, which have
+paths like any others, and joined inside the loss. Staging sees the scan over the two, and runs it
+as two scans, of which the first is frozen.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def split_layers(params: T, wrt: Wrt, *, last: int) -> tuple[PyTree, Callable[[PyTree], T]]:
-    """Takes stacked layers apart, so that `wrt` can tell the last ones from those before them.
+    """Splits stacked layers in two, so that `wrt` can select the last ones.
 
     Args:
         params: any pytree.
@@ -65,7 +65,7 @@ def split_layers(params: T, wrt: Wrt, *, last: int) -> tuple[PyTree, Callable[[P
             lengths.setdefault(len(leaf), path)
     if len(lengths) != 1:
         found = ", ".join(f"'{path}' has {n}" for n, path in lengths.items())
-        raise SelectionError(f"stacked layers have one number of layers; here {found}.")
+        raise SelectionError(f"stacked leaves must have one number of layers, but {found}.")
     (layers,) = lengths
     if not 0 < last < layers:
         raise SelectionError(f"last={last} of {layers} layers; it must be from 1 to {layers - 1}.")

@@ -20,7 +20,7 @@ Wrt: TypeAlias = str | Sequence[str] | Callable[[str, Any], bool] | Selection | 
 
 
 def match(flat: Flat, wrt: Wrt) -> list[bool]:
-    """Which positions of a flattened tree `wrt` takes; holes count, as they once were leaves."""
+    """Which positions of a flattened tree `wrt` takes; holes count, as they were leaves once."""
     if isinstance(wrt, Selection):
         chosen = _match_selection(flat, wrt)
     elif isinstance(wrt, str):
@@ -68,7 +68,7 @@ def _no_match(pattern: str, flat: Flat) -> str:
 
 
 def listed_paths(flat: Flat) -> str:
-    return listed([repr(path) for path in flat.paths]) if flat.paths else "none, it has no leaf"
+    return listed([repr(path) for path in flat.paths]) if flat.paths else "none, it has no leaves"
 
 
 def _match_selection(flat: Flat, selection: Selection) -> list[bool]:
@@ -78,8 +78,8 @@ def _match_selection(flat: Flat, selection: Selection) -> list[bool]:
     arrays = [p for p, x in zip(flat.paths, flat.leaves, strict=True) if is_array(x)]
     if unknown := [repr(path) for path in arrays if path not in known]:
         raise SelectionError(
-            f"the selection was made for another tree: it knows nothing about {listed(unknown)}. "
-            "Select in this tree: jaxgrad.select(tree, wrt)."
+            f"the selection was made for another tree: it does not have {listed(unknown)}. "
+            "Select from this tree: jaxgrad.select(tree, wrt)."
         )
     return [known.get(path, False) for path in flat.paths]
 
@@ -102,13 +102,13 @@ def _match_prefix(flat: Flat, mask: Flat) -> list[bool]:
     if unknown := [path for path in answers if path not in used]:
         close = nearest(unknown[0], flat.paths)
         raise SelectionError(
-            f"wrt, a tree of booleans, decides {listed(map(repr, unknown))}, which the tree "
-            f"has not.{f' Nearest: {listed(map(repr, close))}.' if close else ''}"
+            f"wrt, a tree of booleans, has an entry for {listed(map(repr, unknown))}, which "
+            f"the tree lacks.{f' Nearest: {listed(map(repr, close))}.' if close else ''}"
         )
     if silent:
         raise SelectionError(
-            f"wrt is no glob, list of globs or predicate, and as a tree of booleans it says "
-            f"nothing about {listed(silent)}. Give each leaf, or a node above it, True or False."
+            f"wrt is not a glob, a list of globs or a predicate, and as a tree of booleans it has "
+            f"no entry for {listed(silent)}. Give each leaf, or a node above it, True or False."
         )
     return chosen
 
@@ -117,6 +117,6 @@ def _decision(answer: object, path: str) -> bool:
     if isinstance(answer, bool | np.bool_):
         return bool(answer)
     raise SelectionError(
-        f"wrt answers {answer!r} for '{path}', and only True or False will do. Decide by path, "
+        f"wrt gives {answer!r} for '{path}'; it must give True or False. Decide by path, "
         "shape and dtype, which are known under jit; the values of a leaf are not."
     )

@@ -24,17 +24,17 @@ def test_what_is_trained_may_move_and_a_nan_is_itself():
 
 def test_paths_and_the_largest_change_are_named():
     assert error_of(BEFORE, after(b=jnp.array([[1.0, 1.5], [0.75, 1.0]]))) == (
-        "1 frozen leaf changed: 'trunk/b' by up to 0.5 (2 of 4 numbers). "
+        "1 frozen leaf changed: 'trunk/b' by up to 0.5 (2 of 4 elements). "
         "jaxgrad.audit(loss, params, batch, tx, wrt=...) says why."
     )
     both = after(a=jnp.zeros(3), b=jnp.zeros((2, 2)))
-    assert "2 frozen leaves changed: 'trunk/a' by up to nan (2 of 3 numbers), " in error_of(
+    assert "2 frozen leaves changed: 'trunk/a' by up to nan (2 of 3 elements), " in error_of(
         BEFORE, both
     )
 
 
 def test_the_sign_of_a_zero_and_the_payload_of_a_nan_are_bits():
-    alone = "in bits alone (the sign of a zero, or the payload of a NaN) (1 of 3 numbers)"
+    alone = "only in its bits (the sign of a zero, or the payload of a NaN) (1 of 3 elements)"
     assert alone in error_of(BEFORE, after(a=jnp.array([-0.0, np.nan, 1.0])))
     other_nan = np.asarray(BEFORE["trunk"]["a"]).copy()
     other_nan.view(np.uint32)[1] ^= 1
@@ -72,7 +72,7 @@ def test_another_dtype_shape_or_structure():
     assert "'trunk/b' from float32[2,2] to bfloat16[2,2]" in text
     assert "from float32[2,2] to float32[4]" in error_of(BEFORE, after(b=jnp.ones(4)))
     assert "from float32[2,2] to a hole" in error_of(BEFORE, after(b=None))
-    assert "after has 1 leaf that before has not: 'trunk/c'" in error_of(BEFORE, after(c=1.0))
+    assert "after has 1 leaf that before lacks: 'trunk/c'" in error_of(BEFORE, after(c=1.0))
 
 
 def test_wrt_must_fit():

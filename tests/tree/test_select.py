@@ -270,19 +270,19 @@ PATHS = (
         (False, "wrt selects no leaf: False. Nothing would be"),
         (
             lambda path, leaf: 1,
-            "wrt answers 1 for 'embed/bias', and only True or False will do. Decide by path,",
+            "wrt gives 1 for 'embed/bias'; it must give True or False. Decide by path,",
         ),
-        ({"head": 0.5}, "wrt answers 0.5 for 'head', and only True or False will do."),
+        ({"head": 0.5}, "wrt gives 0.5 for 'head'; it must give True or False."),
         (
             {"head": True, "embed": False},
-            "as a tree of booleans it says nothing about 'layers/0/kernel', 'layers/1/kernel'. "
+            "as a tree of booleans it has no entry for 'layers/0/kernel', 'layers/1/kernel'. "
             "Give each leaf, or a node above it, True or False.",
         ),
         (
             {"head": True, "embed": False, "layer": False, "layers": False},
-            "wrt, a tree of booleans, decides 'layer', which the tree has not.",
+            "wrt, a tree of booleans, has an entry for 'layer', which the tree lacks.",
         ),
-        ([], "as a tree of booleans it says nothing about 'embed/bias'"),
+        ([], "as a tree of booleans it has no entry for 'embed/bias'"),
         ("[z-a]", "wrt pattern '[z-a]' is not a valid glob: bad character range z-a at position"),
     ],
 )
@@ -292,7 +292,7 @@ def test_errors_say_what_to_do(wrt, text):
 
 
 def test_an_empty_tree_says_so():
-    assert "The tree's paths: none, it has no leaf." in error_of(jg.select, {}, "**")
+    assert "The tree's paths: none, it has no leaves." in error_of(jg.select, {}, "**")
 
 
 def test_a_traced_answer_is_refused():
@@ -326,11 +326,11 @@ def test_tied_nnx_parameters_are_refused_with_both_paths():
         ),
         (
             [{"a": 1.0, "b": None}, {"a": None, "c": 1.0}],
-            "tree 0 has 1 leaf that tree 1 has not: 'b'. Both must have one structure",
+            "tree 0 has 1 leaf that tree 1 lacks: 'b'. Both must have the same structure",
         ),
         (
             [{"a": [1.0]}, {"a": (None,)}],
-            "tree 0 and tree 1 have the same paths but other containers: ",
+            "tree 0 and tree 1 have the same paths but different containers: ",
         ),
     ],
 )

@@ -102,13 +102,13 @@ def test_a_selection_of_another_tree_is_refused():
     with pytest.raises(jg.SelectionError) as info:
         jg.partition(PARAMS | {"new": jnp.ones(2)}, jg.select(PARAMS, "head"))
     assert str(info.value) == (
-        "the selection was made for another tree: it knows nothing about 'new'. "
-        "Select in this tree: jaxgrad.select(tree, wrt)."
+        "the selection was made for another tree: it does not have 'new'. "
+        "Select from this tree: jaxgrad.select(tree, wrt)."
     )
 
 
 def test_split_refuses_another_structure():
-    with pytest.raises(jg.SelectionError, match="the tree has 1 leaf that the selection has not"):
+    with pytest.raises(jg.SelectionError, match="the tree has 1 leaf that the selection lacks"):
         jg.select(PARAMS, "head").split(PARAMS | {"new": jnp.ones(2)})
 
 

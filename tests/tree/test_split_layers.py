@@ -78,7 +78,7 @@ def test_the_first_layers_are_staged(monkeypatch, last):
         (
             ["blocks/w", "head"],
             1,
-            "stacked layers have one number of layers; here 'blocks/w' has 6, 'head' has 8.",
+            "stacked leaves must have one number of layers, but 'blocks/w' has 6, 'head' has 8.",
         ),
         (
             lambda path, leaf: False,
