@@ -1,15 +1,15 @@
 """Why an optimizer moves a parameter, found by experiment.
 
-The name of a transformation says little about a chain of them, under a mask, in a wrapper. So the
-chain is run with one thing changed at a time, and what changes with it is the cause:
+A transformation's name says little once it is chained, masked and wrapped. So the chain is run
+several times, with one input changed at a time; what changes in the updates is due to that input:
 
-- no gradient, and no value: what still moves is *noise*;
-- no gradient, and the value: what moves more is *decay*;
-- no gradient, no value, and the state after some steps: what moves more is *momentum*;
-- the gradient: what moves more is the *gradient*; where it moves along the gradient and not
-  against it, the *raw gradient*, as `optax.masked` passes it through;
-- the gradients of frozen leaves a thousand times larger: where that changes the steps of a
-  trained leaf, they have a share in it, by a norm.
+- zero gradient, zero value: what still moves is *noise*;
+- zero gradient, the real value: what moves beyond that is *decay*;
+- zero gradient, zero value, the state after some steps: what moves beyond noise is *momentum*;
+- the real gradient: what moves beyond decay is the *gradient*; if it moves along the gradient and
+  not against it, the *raw gradient*, as `optax.masked` passes it through;
+- the gradients of frozen leaves a thousand times larger: if that changes the steps of a trained
+  leaf, those steps depend on them, through a norm.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ _LOUD = 1e3
 
 @dataclasses.dataclass(frozen=True)
 class Causes:
-    """What moves the leaves.
+    """What moves each leaf.
 
     Attributes:
         reasons: for each leaf, some of "gradient", "raw gradient", "decay", "momentum", "noise".
@@ -52,7 +52,7 @@ def causes(
         fresh: a new state of the optimizer.
         warm: its state after some steps.
         trained: which leaves are meant to be trained.
-        steps: how many updates to look at, for what acts only every so many steps.
+        steps: how many updates to sum, for transformations that act only every few steps.
     """
     arrays = recipe.arrays
     nothing = [jnp.zeros_like(x) for x in arrays]
@@ -96,7 +96,7 @@ def causes(
 
 
 def _total(recipe: Recipe, steps: int) -> Callable[..., list[Any]]:
-    """The sum of some updates by one gradient, for each leaf; None for a hole."""
+    """Sums the updates of each leaf over the steps, with one gradient; None for a hole."""
     update = jax.jit(recipe.update)
 
     def total(grads: PyTree, state: PyTree, arrays: Sequence[jax.Array]) -> list[Any]:
@@ -114,7 +114,7 @@ def _total(recipe: Recipe, steps: int) -> Callable[..., list[Any]]:
 
 
 def _differ(a: np.ndarray | None, b: np.ndarray | None, tolerance: float = 0.0) -> bool:
-    """Whether two sums differ; rounding is none of our business where a tolerance is given."""
+    """Whether two sums differ; with a tolerance, by more than rounding."""
     if a is None or b is None:
         return False
     near = np.abs(a - b) <= tolerance * np.maximum(np.abs(a), np.abs(b))
@@ -122,7 +122,7 @@ def _differ(a: np.ndarray | None, b: np.ndarray | None, tolerance: float = 0.0) 
 
 
 def _parallel(push: np.ndarray, grad: ArrayLike) -> bool:
-    """Whether a leaf is pushed along its gradient, up the loss."""
+    """Whether an update points along the gradient, up the loss."""
     with np.errstate(all="ignore"):
         a, b = push.ravel(), wide(grad).ravel()
         cosine = np.vdot(a, b).real / (np.linalg.norm(a) * np.linalg.norm(b))

@@ -1,10 +1,11 @@
-"""What a way to train does to each parameter: measured, with reasons, whoever wrote it.
+"""What a training step does to each parameter: measured, with reasons, for anyone's code.
 
-Freezing goes wrong in silence: decay moves a weight that has no gradient, a mask passes gradients
-through, a norm counts what should not be there, a layer that should learn is not called. An audit
-takes the loss and the optimizer as they are, takes a few real steps, and asks of each parameter
-what a reviewer would: is there a gradient, who reads it, what is stored, does it move, and why.
-The reasons are experiments (`ablation.py`), not guesses by the names of transformations.
+Freezing fails silently: decay moves a weight that has no gradient, a mask passes gradients
+through, a norm includes frozen gradients, a layer that should learn is never called. An audit
+takes the loss and the optimizer as they are, runs a few real steps, and asks of each parameter
+what a reviewer would: does it have a gradient, what reads it, what state is stored for it, does it
+move, and why. The reasons come from experiments (`ablation.py`), not from the names of
+transformations.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,39 +55,40 @@ def audit(
     has_aux: bool = False,
     steps: int = 4,
 ) -> Audit:
-    """Takes a few steps in someone's way to train, and says what happens to each parameter.
+    """Runs a few training steps and reports what happens to each parameter, and why.
 
     Args:
         loss: `loss(params, batch)`, pure, to a real scalar, or with `has_aux` to
             `(scalar, anything)`.
         params: any pytree; it is left as it is.
-        batch: what the loss takes: any pytree of arrays, the examples along axis 0 where staging
-            is to be predicted.
-        tx: any Optax transformation. It is initialised on all parameters and given all gradients
-            in one jit, as is usual; where `param_groups` is in it, it is given the trained half.
-        wrt: what is *meant* to be trained; see `select`. Without it, the groups of `tx` where it
-            comes from `param_groups`, else everything.
-        grad: `grad(params, batch)`, how gradients are computed if in another way:
-            `jaxgrad.grad(loss, wrt)` for holes, `jax.jit(jax.grad(loss))` where they come out of a
-            jit of their own.
-        step: `step(params, opt_state, batch)` to `(params, opt_state, ...)`, where the step is
-            your own. Reasons are then looked for in `tx`, and which gradients are computed is only
-            known by the cost of the step.
-        opt_state: the state of a run under way; by default a new one.
-        previous: the optimizer's state before the selection was changed, of which that of what
-            is still trained should have been carried over into `opt_state`.
-        saved: the checkpoint of a run, or the tree that it saves: whether all parameters are there.
+        batch: what the loss takes, any pytree of arrays. Staging is predicted only if its examples
+            are along axis 0.
+        tx: any Optax transformation. As is usual, it is initialised on all parameters and receives
+            all gradients, in one jit; if it contains `param_groups`, it receives the trained half.
+        wrt: what is *meant* to be trained; see `select`. By default the groups of `tx` if
+            `param_groups` made it, else everything.
+        grad: `grad(params, batch)`, if gradients are computed in another way:
+            `jaxgrad.grad(loss, wrt)` for gradients with holes, `jax.jit(jax.grad(loss))` if a jit
+            of their own returns them.
+        step: `step(params, opt_state, batch)` to `(params, opt_state, ...)`, if you wrote the step
+            yourself. Reasons are then sought in `tx`, and which gradients are computed shows only
+            in the cost of the step.
+        opt_state: the optimizer's state in a run in progress; by default a new one.
+        previous: the optimizer's state before the selection changed; `opt_state` should have kept
+            its entries for the parameters that are still trained.
+        saved: the checkpoint of a run, or the tree that it saves, which should have all parameters.
         has_aux: see `loss`.
-        steps: how many steps to take, all with this batch; more than an optimizer accumulates.
+        steps: how many steps to take, all with this batch; more than the optimizer accumulates
+            over.
 
     Returns:
-        The audit: printed, a table with a row for each parameter, the totals and the leaks.
+        An `Audit`. It prints as a table with a row for each parameter, the totals and the leaks;
         `.raise_if_leaky()` is for tests.
 
     Raises:
         SelectionError: `wrt` does not fit `params`.
-        AuditError: `steps` is below 1, or `grad` returns another structure than `params` have.
-        FileNotFoundError: `saved` is a path and there is no checkpoint.
+        AuditError: `steps` is below 1, or what `grad` returns lacks the structure of `params`.
+        FileNotFoundError: `saved` is a path without a checkpoint.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, jaxgrad as jg
@@ -177,7 +179,7 @@ def _trained(
 def _run(
     step: Callable[..., Any], arrays: list[Any], state: PyTree, batch: PyTree, steps: int
 ) -> tuple[list[Any], Any]:
-    # Someone's step may take over the buffers that it is given.
+    # The user's step may donate the buffers that it is passed.
     arrays, state = jax.tree.map(jnp.copy, (arrays, state))
     for _ in range(steps):
         arrays, state = step(arrays, state, batch)
@@ -187,7 +189,7 @@ def _run(
 def _why(reasons: tuple[str, ...], change: Change | None, own_step: bool) -> tuple[str, ...]:
     if change and not reasons:
         return ("statistics",) if own_step else ("rounding",)
-    return () if own_step and not change else reasons  # what tx would do, the step has undone
+    return () if own_step and not change else reasons  # the step undoes what tx would do
 
 
 def _used(recipe: Recipe, batch: PyTree) -> list[bool]:
@@ -199,7 +201,7 @@ def _used(recipe: Recipe, batch: PyTree) -> list[bool]:
 
 
 def _shares(grads: PyTree) -> list[float]:
-    """Each leaf's share in the squared global norm of the gradients."""
+    """Each leaf's share of the squared global norm of the gradients."""
     squares = [
         0.0 if is_hole(g) else float((np.abs(wide(g)) ** 2).sum()) for g in flatten(grads).leaves
     ]

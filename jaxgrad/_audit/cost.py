@@ -1,8 +1,8 @@
 """What a function costs as it runs: operations, bytes and memory of its compiled programs.
 
-XLA drops what nothing reads, but only within one program. So a function is taken as it is
-written: each `jax.jit` that it calls is a program of its own, compiled and asked for its cost, and
-operations between them run one by one.
+XLA drops what nothing reads, but only within one program. So a function is measured
+as written: each `jax.jit` that it calls is compiled as a program of its own and asked for its cost,
+and the operations between them are counted one by one.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from jaxgrad._tree.flat import PyTree
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one call takes.
+    """What one call costs.
 
     Attributes:
         flops: floating point operations, as XLA counts them.
@@ -33,11 +33,11 @@ class Cost:
 
 
 def measured(fun: Callable[..., Any], *args: PyTree) -> tuple[Callable[..., Any], Cost]:
-    """Returns a function that does what `fun` does for arguments like these, and what that costs.
+    """Returns `fun`, compiled for arguments like these if it is jitted, and what a call costs.
 
     Args:
-        fun: a jitted function, which is compiled once for both, or one that is not and runs op
-            by op but for the jitted functions that it calls.
+        fun: a jitted function, compiled once for both results; or a plain one, which runs op by op
+            except for the jitted functions that it calls.
         *args: what it is called with.
     """
     if isinstance(fun, jax.stages.Wrapped):
@@ -63,7 +63,7 @@ def _of(eqn: jex.JaxprEqn) -> Cost:
 def _compiled(program: jax.stages.Compiled) -> Cost:
     counts, memory = program.cost_analysis() or {}, program.memory_analysis()
     peak = 0
-    if memory is not None:  # not every backend tells
+    if memory is not None:  # not every backend reports it
         parts = (memory.argument_size_in_bytes, memory.output_size_in_bytes)
         peak = sum(parts) + memory.temp_size_in_bytes - memory.alias_size_in_bytes
     return Cost(counts.get("flops", 0.0), counts.get("bytes accessed", 0.0), peak)

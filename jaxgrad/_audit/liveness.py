@@ -1,9 +1,9 @@
 """Which gradients a training step computes, read off its jaxpr.
 
-A gradient of a frozen leaf costs nothing while nothing reads it, for XLA drops what is dead. A
-norm, a finite check, an accumulator or the end of a `jax.jit` reads it. So each gradient is handed
-through an identity with its name on it, and after dead equations are dropped the names that are
-left are those of the gradients that are computed.
+A frozen leaf's gradient costs nothing as long as nothing reads it, because XLA eliminates dead
+code. A norm, a finite check, an accumulator or the end of a `jax.jit` reads it. So each gradient
+passes through an identity that carries its name; the names that survive dead-code elimination are
+those of the gradients that are computed.
 """
 
 from collections.abc import Sequence
@@ -20,19 +20,19 @@ from jaxgrad._jaxpr.inline import inline
 from jaxgrad._tree.flat import PyTree, flatten, is_hole
 
 Liveness: TypeAlias = Literal["computed", "dropped", "zero", "none", "unknown"]
-"""A gradient: computed; not, as nothing reads it; a constant zero; there is none; not known."""
+"""A gradient: computed; dropped, as nothing reads it; a constant zero; absent; not known."""
 
 _PREFIX = "jaxgrad gradient "
 
 
 def liveness(recipe: Recipe, state: PyTree, batch: PyTree, grads: PyTree) -> list[Liveness]:
-    """Says for each leaf of the parameters what becomes of its gradient in a step.
+    """Returns what becomes of the gradient of each leaf in a step.
 
     Args:
         recipe: how parameters are trained.
         state: the state of the optimizer.
         batch: what the loss takes.
-        grads: the gradients: a constant one is zero or not by its value.
+        grads: the gradients, whose values tell whether a constant one is zero.
     """
     flows = _flows(recipe, batch)
     live = set() if recipe.own_step else _read(recipe, state, batch)
@@ -67,7 +67,7 @@ def _flows(recipe: Recipe, batch: PyTree) -> set[int]:
 
 
 def _read(recipe: Recipe, state: PyTree, batch: PyTree) -> set[int] | None:
-    """The leaves whose gradients something in the step reads; None where all are computed."""
+    """The leaves whose gradients something in the step reads; None if all are computed."""
     if recipe.leaves_its_jit:
         return None
 

@@ -1,4 +1,4 @@
-"""An NNX model beside its parameters: tied leaves, and statistics that a step loses."""
+"""What an audit checks of an NNX model: tied parameters, trained statistics, lost writes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from jaxgrad._tree.flat import Flat, PyTree, flatten, is_array, variables
 
 
 def ties(params: PyTree, flat: Flat, trained: Sequence[bool]) -> list[tuple[str, str]]:
-    """The pairs of paths at which one parameter stands, one of them trained."""
+    """The pairs of paths that share one parameter, at least one of them trained."""
     found, first = [], {}
     one = [id(v) for v in _variables(params, flat, "Variable")]
     for i, (path, leaf) in enumerate(zip(flat.paths, flat.leaves, strict=True)):
@@ -20,7 +20,7 @@ def ties(params: PyTree, flat: Flat, trained: Sequence[bool]) -> list[tuple[str,
             continue
         key = one[i] if one[i] != id(None) else id(leaf)
         j = first.setdefault(key, i)
-        # One array of equal numbers is more likely one initial value for two parameters.
+        # An array of equal elements is more likely a shared initial value than a tied parameter.
         same = key == one[i] or np.unique(host(leaf)).size > 1
         if j != i and same and (trained[i] or trained[j]):
             found.append((flat.paths[j], path))
@@ -28,7 +28,7 @@ def ties(params: PyTree, flat: Flat, trained: Sequence[bool]) -> list[tuple[str,
 
 
 def trained_stats(params: PyTree, flat: Flat, trained: Sequence[bool]) -> list[str]:
-    """The paths of running statistics among what is trained."""
+    """The paths of running statistics that are trained."""
     nodes = _variables(params, flat, "BatchStat")
     return [path for path, node, t in zip(flat.paths, nodes, trained, strict=True) if t and node]
 
@@ -40,7 +40,7 @@ def _variables(params: PyTree, flat: Flat, kind: str) -> list[Any]:
 
 
 def lost_stats(recipe: Recipe, batch: PyTree) -> list[str]:
-    """The paths of what the loss writes into a module that it is given."""
+    """The paths that the loss writes in a module it is passed."""
     lost = []
 
     def call(arrays: Sequence[Any], batch: PyTree) -> None:

@@ -1,4 +1,4 @@
-"""An optimizer's state by leaf: bytes, moments that were forgotten, what a save misses."""
+"""An optimizer's state by leaf: its bytes, moments that were reset; and what a save lacks."""
 
 from collections.abc import Sequence
 from os import PathLike
@@ -13,12 +13,12 @@ from jaxgrad._tree.flat import Flat, PyTree, flatten, is_array, paths
 
 
 def state_bytes(flat: Flat, state: PyTree) -> list[int]:
-    """For each leaf, the bytes of the optimizer's state that is its own."""
+    """The bytes of the optimizer's state that belong to each leaf."""
     return [sum(map(nbytes, arrays)) for arrays in _states(flat, state).values()]
 
 
 def _states(flat: Flat, state: PyTree) -> dict[str, list[Any]]:
-    """For each leaf, the arrays of the optimizer's state whose path ends in its path."""
+    """For each leaf, the arrays of the optimizer's state whose paths end in its path."""
     held: dict[str, list[Any]] = {path: [] for path in flat.paths}
     flat = flatten(state)
     for path, leaf in zip(flat.paths, flat.leaves, strict=True):
@@ -31,7 +31,7 @@ def _states(flat: Flat, state: PyTree) -> dict[str, list[Any]]:
 
 
 def forgotten(flat: Flat, previous: PyTree, start: PyTree, fresh: PyTree) -> list[str]:
-    """The paths whose state was that of a run, and is that of a new optimizer now."""
+    """The paths whose state had been built up in a run, and is now that of a new optimizer."""
     then, now, new = (_states(flat, state) for state in (previous, start, fresh))
     return [
         path
@@ -46,7 +46,7 @@ def _equal(some: Sequence[Any], others: Sequence[Any]) -> bool:
 
 
 def unsaved(flat: Flat, saved: PyTree | str | PathLike[str] | None) -> list[str]:
-    """The paths of arrays that are not among those that are saved."""
+    """The paths of arrays that were not saved."""
     if saved is None:
         return []
     there = inspect(saved).leaves if isinstance(saved, str | PathLike) else paths(saved)

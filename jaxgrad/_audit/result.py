@@ -1,4 +1,4 @@
-"""What an audit found: the record of it, and its table on a terminal and in a notebook."""
+"""The result of an audit: the record, and its table in a terminal and in a notebook."""
 
 import dataclasses
 import html
@@ -20,7 +20,7 @@ def as_text(audit: "Audit") -> str:
 
 
 def as_html(audit: "Audit") -> str:
-    """The table in HTML; colours that read on a light and on a dark page."""
+    """The table in HTML, in colours that are legible on a light and on a dark page."""
     rows = []
     for row, cells in zip(audit.rows, _cells(audit), strict=True):
         colour = "#d9534f" if cells[0] else "#3a9a5c" if row.trained else "inherit"
@@ -58,7 +58,7 @@ def _cells(audit: "Audit") -> Iterator[tuple[str, ...]]:
 def _moved(row: Row) -> str:
     if row.change is None:
         return "-"
-    return f"{row.change.largest:.2g}" if row.change.largest else "in a bit"
+    return f"{row.change.largest:.2g}" if row.change.largest else "bits only"
 
 
 def _totals(audit: "Audit") -> Iterator[str]:
@@ -68,7 +68,8 @@ def _totals(audit: "Audit") -> Iterator[str]:
         f"{size(spent.peak)} at its peak."
     )
     if split:
-        times = f" (the step: {spent.flops / split.flops:.3g} times as many)" if split.flops else ""
+        ratio = f"{spent.flops / split.flops:.3g}" if split.flops else ""
+        times = f" (the step takes {ratio} times as many)" if ratio else ""
         yield (
             f"Split by wrt: {work(split.flops)}{times}, {size(split.nbytes)} read and written, "
             f"{size(split.peak)} at its peak."
@@ -90,16 +91,16 @@ def _found(audit: "Audit") -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Audit:
-    """What a way to train does; made by `jaxgrad.audit`. A table, in a notebook too.
+    """What a training step does to each parameter; made by `jaxgrad.audit`, printed as a table.
 
     Attributes:
-        rows: what was found out about each parameter.
+        rows: what was found about each parameter.
         leaks: what is wrong.
         cost: what a step costs.
-        split: the cost of a step of the same optimizer if only trained parameters are
-            differentiated and handed to it; None if it does not work on one half of them.
+        split: the cost of a step of the same optimizer if only the trained parameters are
+            differentiated and passed to it; None if it can't work on one half of them.
         state: bytes of the optimizer's state.
-        staging: what `jaxgrad.stage` would save; None where the loss can't be staged.
+        staging: what `jaxgrad.stage` would save; None if the loss can't be staged.
         steps: the number of steps that were taken.
     """
 
@@ -125,10 +126,10 @@ class Audit:
         raise KeyError(path)
 
     def raise_if_leaky(self) -> None:
-        """Raises if something is wrong: the last line of a test.
+        """Raises if there are leaks; meant as the last line of a test.
 
         Raises:
-            LeakError: there are leaks; the message has of each the paths, what, why and the fix.
+            LeakError: there are leaks; the message gives the paths, what, why and the fix of each.
         """
         if self.leaks:
             lines = [f"{count(self.leaks, 'leak', verb=False)}:", *map(str, self.leaks)]

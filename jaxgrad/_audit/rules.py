@@ -1,4 +1,4 @@
-"""What is wrong with a way to train: one rule per kind of leak, each with its reason and cure."""
+"""What can be wrong with a training step: a rule per kind of leak, with its reason and fix."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,22 +11,22 @@ from jaxgrad._tree.bitwise import Change
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What an audit found out about one parameter.
+    """What an audit found about one parameter.
 
     Attributes:
         path: its path.
         spec: dtype and shape, `float32[3,2]`.
         trained: whether it is meant to be trained.
         used: whether the loss depends on its value.
-        gradient: "computed"; "dropped", where there is one that nothing reads, so that XLA leaves
-            it out; "zero", where it is a constant zero; "none", where there is no gradient;
-            "unknown", within a step of one's own.
-        share: its share in the squared global norm of the gradients, 0 to 1.
+        gradient: "computed"; "dropped" if nothing reads it, so that XLA eliminates it; "zero" if it
+            is a constant zero; "none" if there is no gradient; "unknown" if the user's own step
+            computes it.
+        share: its share of the squared global norm of the gradients, 0 to 1.
         state: bytes that the optimizer holds for it.
         change: how it differs after some steps, None if it is bit-identical.
         why: what moves it, some of "gradient", "raw gradient", "decay", "momentum", "noise"
-            (found by experiment, so also where the value is yet unchanged); "statistics", where
-            the step itself writes it; "rounding", where adding a zero has changed a bit.
+            (found by experiment, so possibly before the value has changed); "statistics" if the
+            step itself writes it; "rounding" if adding zero changed a bit.
     """
 
     path: str
@@ -42,14 +42,14 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Leak:
-    """Something that is frozen and should cost or move nothing, or is trained and can't be.
+    """A frozen parameter that moves or costs something, or a trained one that can't learn.
 
     Attributes:
         kind: "moves", "ascends", "norm", "gradient", "state", "unused", "stopped", "stuck",
             "tied", "statistics", "lost", "forgotten", "unsaved" or "cost".
-        paths: the parameters at fault; none if it is the complete step.
+        paths: the parameters at fault; empty if it is the whole step.
         what: what is wrong.
-        why: how it comes about.
+        why: the cause.
         fix: what to do.
     """
 
@@ -64,53 +64,53 @@ class Leak:
         return f"{who}{self.what}. Why: {self.why}. Fix: {self.fix}."
 
 
-_DEAR = 1.2  # how many times the operations that it needs a step may take
+_DEAR = 1.2  # a step may take this many times the operations that it needs
 
 SPLIT = (
-    "differentiate the trained half alone, `jaxgrad.value_and_grad(loss, wrt)`, and initialise the "
-    "optimizer on it: `tx.init(jaxgrad.partition(params, wrt)[0])`"
+    "differentiate only the trained half, `jaxgrad.value_and_grad(loss, wrt)`, and initialise the "
+    "optimizer on it, `tx.init(jaxgrad.partition(params, wrt)[0])`"
 )
 
 _MOVES = {
     "decay": (
-        "weight decay: with no gradient its update still follows its value",
-        "let only what is trained reach the decay: jaxgrad.param_groups({wrt: tx}), or the decay's "
-        "own mask=",
+        "weight decay: its update depends on its value even when its gradient is zero",
+        "apply the decay to trained parameters only: jaxgrad.param_groups({wrt: tx}), or the "
+        "decay's own mask=",
     ),
     "raw gradient": (
-        "its raw gradient is passed through: where its mask is False, optax.masked returns what "
-        "it is given, so that the parameter moves up the loss",
-        "give the others zero updates: jaxgrad.param_groups({wrt: tx}), or optax.partition with "
-        "optax.set_to_zero",
+        "its raw gradient passes through: where the mask is False, optax.masked returns its input "
+        "unchanged, so the parameter moves up the loss",
+        "give frozen parameters zero updates: jaxgrad.param_groups({wrt: tx}), or "
+        "optax.partition with optax.set_to_zero",
     ),
     "gradient": (
-        "it has a gradient, and the optimizer takes a step by it",
-        "jaxgrad.param_groups({wrt: tx}); or give tx the trained half only",
+        "it has a gradient, and the optimizer applies it",
+        "jaxgrad.param_groups({wrt: tx}), or pass tx only the trained half",
     ),
     "momentum": (
-        "momentum: the state of the optimizer moves it on when its gradient is zero",
-        "hold no state for it: initialise on `jaxgrad.partition(params, wrt)[0]`",
+        "momentum: the optimizer's state keeps moving it when its gradient is zero",
+        "keep no state for it: initialise on `jaxgrad.partition(params, wrt)[0]`",
     ),
     "noise": (
-        "its update is not zero without a gradient and whatever its value: noise, or a constant",
+        "its update is nonzero even if its gradient and value are zero: noise, or a constant",
         "jaxgrad.param_groups({wrt: tx}), which gives frozen parameters no update at all",
     ),
     "statistics": (
         "the step itself writes it, not the optimizer: running statistics, an average, a clamp",
-        "keep frozen layers in inference mode: `jaxgrad.functional(model, wrt=wrt)` does",
+        "keep frozen layers in inference mode: `jaxgrad.functional(model, wrt=wrt)` does so",
     ),
     "rounding": (
-        "adding a zero changes it: -0.0 + 0.0 is 0.0, and a subnormal number may be lost",
-        "leave it out of the update: gradients with holes and `jaxgrad.apply_updates`",
+        "adding zero changes it: -0.0 + 0.0 is 0.0, and a subnormal may be flushed to zero",
+        "leave it out of the update: use gradients with holes and `jaxgrad.apply_updates`",
     ),
 }
 
 
 def of_rows(rows: Sequence[Row], steps: int, coupled: Sequence[str]) -> Iterator[Leak]:
-    """The leaks that can be told parameter by parameter.
+    """The leaks found parameter by parameter.
 
     Args:
-        rows: what was found out.
+        rows: what was found.
         steps: the number of steps that were taken.
         coupled: the trained parameters whose updates depend on gradients of frozen ones.
     """
@@ -127,42 +127,43 @@ def _moved(frozen: Sequence[Row], steps: int) -> Iterator[Leak]:
         moved = [r for r in frozen if cause in r.why]
         furthest = max((abs(r.change.largest) for r in moved if r.change), default=0.0)
         if any(r.change for r in moved):
-            far = f"by up to {furthest:.3g} " if furthest else "in a bit "
-            yield from _leak("moves", moved, f"frozen, and moved {far}in {steps} steps", why, fix)
+            how = f"moved by up to {furthest:.3g}" if furthest else "changed only in its bits"
+            yield from _leak("moves", moved, f"frozen, but {how} in {steps} steps", why, fix)
         else:
-            yield from _leak("moves", moved, "frozen, and would move but for its value", why, fix)
+            what = "frozen, and only its present value keeps it from moving"
+            yield from _leak("moves", moved, what, why, fix)
 
 
 def _ascending(trained: Sequence[Row]) -> Iterator[Leak]:
     yield from _leak(
         "ascends",
         [r for r in trained if "raw gradient" in r.why],
-        "trained, and moves up its gradient",
-        "no transformation takes it with a negative rate: it is outside of a mask or group, or "
-        "the chain lacks optax.scale(-learning_rate)",
-        "let a group take it; jaxgrad.param_groups lists what each takes by .assign(params)",
+        "trained, but moves up its gradient",
+        "no transformation scales its gradient by a negative rate: it is outside every mask or "
+        "group, or the chain lacks optax.scale(-learning_rate)",
+        "add it to a group; jaxgrad.param_groups(...).assign(params) lists what each group takes",
     )
 
 
 def _read(frozen: Sequence[Row], coupled: Sequence[str]) -> Iterator[Leak]:
-    """The leaks of frozen parameters that cost something: in a norm, a gradient or state."""
+    """The leaks of frozen parameters that cost something: a norm, a gradient or state."""
     if coupled:
         share = sum(r.share for r in frozen)
         yield from _leak(
             "norm",
             [r for r in frozen if r.share],
-            f"frozen, with {share:.1%} of the squared gradient norm, on which the steps of "
+            f"frozen, but {share:.1%} of the squared gradient norm, on which the steps of "
             f"{listed([repr(p) for p in coupled], 3)} depend",
-            "a clip by the global norm, or another norm over all leaves, reads frozen gradients "
-            "too and scales the trained ones down by them",
+            "clipping by the global norm, or another norm over all leaves, includes frozen "
+            "gradients and scales the trained ones down for them",
             SPLIT,
         )
     yield from _leak(
         "gradient",
         [r for r in frozen if r.gradient == "computed"],
-        "frozen, and its gradient is computed in each step",
-        "something reads it: a norm, a finite check, an accumulator, momentum, or the end of the "
-        "jit that returns it",
+        "frozen, but its gradient is computed in each step",
+        "something reads it: a norm, a finite check, an accumulator, momentum, or the jit that "
+        "returns it",
         SPLIT,
     )
     held = [r for r in frozen if r.state]
@@ -170,8 +171,8 @@ def _read(frozen: Sequence[Row], coupled: Sequence[str]) -> Iterator[Leak]:
     yield from _leak(
         "state",
         held,
-        f"frozen, and the optimizer holds {total}",
-        "it was initialised on these parameters too",
+        f"frozen, but the optimizer holds {total} of state for it",
+        "the optimizer was initialised on frozen parameters too",
         SPLIT,
     )
 
@@ -180,30 +181,31 @@ def _not_learning(trained: Sequence[Row], steps: int) -> Iterator[Leak]:
     yield from _leak(
         "unused",
         [r for r in trained if not r.used],
-        "trained, and the loss does not depend on it",
-        "its path is not part of what the loss computes: a branch that is not taken, a head of "
-        "another task, a layer that is not called",
-        "take it out of wrt, or use it in the loss",
+        "trained, but the loss does not depend on it",
+        "the loss never uses it: a branch that is not taken, the head of another task, a layer "
+        "that is not called",
+        "remove it from wrt, or use it in the loss",
     )
     yield from _leak(
         "stopped",
         [r for r in trained if r.used and r.gradient in ("zero", "none")],
-        "trained, and gets no gradient although the loss depends on it",
-        "the gradient ends on its way: stop_gradient, an integer or a comparison; or it was left "
-        "out of the differentiation",
-        "let the gradient through, or take it out of wrt",
+        "trained, but gets no gradient although the loss depends on it",
+        "something cuts the gradient off: stop_gradient, an integer or a comparison; or it was "
+        "left out of the differentiation",
+        "let the gradient through, or remove it from wrt",
     )
     yield from _leak(
         "stuck",
         [r for r in trained if r.gradient not in ("zero", "none") and r.share and not r.change],
-        f"trained, and has not moved in {steps} steps although its gradient is not zero",
-        "no group or mask takes it, its rate is zero, or the optimizer accumulates for longer",
-        "let a group take it; where the optimizer accumulates or warms up, audit more steps=",
+        f"trained, but has not moved in {steps} steps although its gradient is not zero",
+        "no group or mask takes it, its learning rate is zero, or the optimizer accumulates over "
+        "more steps",
+        "add it to a group; if the optimizer accumulates or warms up, audit with a larger steps=",
     )
 
 
 def of_cost(rows: Sequence[Row], spent: Cost, optimum: Cost | None) -> Iterator[Leak]:
-    """The leak of a step of one's own that takes more operations than it needs."""
+    """The leak of a user's own step that takes more operations than it needs."""
     unknown = any(r.gradient == "unknown" for r in rows)
     if optimum and unknown and spent.flops > _DEAR * optimum.flops:
         yield Leak(
@@ -211,20 +213,21 @@ def of_cost(rows: Sequence[Row], spent: Cost, optimum: Cost | None) -> Iterator[
             (),
             f"a step takes {spent.flops / optimum.flops:.2g} times the operations of one that is "
             "split by wrt",
-            "gradients of frozen parameters are computed, or leave the jit that makes them",
+            "gradients of frozen parameters are computed, or returned by the jit that makes them",
             SPLIT,
         )
 
 
 def of_ties(ties: Iterable[tuple[str, str]]) -> Iterator[Leak]:
-    """The leaks of parameters that are one and will be two."""
+    """The leaks of tied parameters that training would separate."""
     for pair in ties:
         yield Leak(
             "tied",
             pair,
             "one parameter at two paths",
-            "taken apart as a pytree, each copy gets a part of the gradient and they drift apart",
-            "`apply, params = jaxgrad.functional(model)` keeps them one; or use one path twice",
+            "flattened as a pytree, each copy gets part of the gradient and the two drift apart",
+            "`apply, params = jaxgrad.functional(model)` keeps them tied; or store one leaf and "
+            "use it twice",
         )
 
 
@@ -232,31 +235,31 @@ def of_statistics(trained: Sequence[str], lost: Sequence[str]) -> Iterator[Leak]
     """The leaks of running statistics that are trained, or written and dropped."""
     fix = (
         "`apply, params = jaxgrad.functional(model)`: `apply.train` returns the new statistics, "
-        "which are no parameters"
+        "which are not parameters"
     )
     if trained:
         what, why = (
-            "a running statistic, and trained",
-            "the optimizer moves it by a gradient that means nothing",
+            "a running statistic, but trained",
+            "the optimizer moves it by a meaningless gradient",
         )
         yield Leak("statistics", tuple(trained), what, why, fix)
     if lost:
         what, why = (
-            "the loss writes it, and that is lost",
-            "a module that goes through jit or grad is a copy; what is written into it is dropped "
-            "without a word",
+            "the loss writes it, but the write is lost",
+            "a module passed through jit or grad is a copy; what is written into it is dropped "
+            "silently",
         )
         yield Leak("lost", tuple(lost), what, why, fix)
 
 
 def of_history(forgotten: Sequence[str], unsaved: Sequence[str]) -> Iterator[Leak]:
-    """The leaks between one phase of a training, or one process, and the next."""
+    """The leaks between one phase of training, or one process, and the next."""
     if forgotten:
         yield Leak(
             "forgotten",
             tuple(forgotten),
-            "trained before and now, and its optimizer state is new",
-            "an optimizer that is initialised again, for another selection, starts from nothing",
+            "trained before and now, but its optimizer state is new",
+            "an optimizer that is initialised again, for another selection, starts from scratch",
             "carry over the state of what is still trained: `jaxgrad.fit(..., checkpoint=..., "
             "resume=True)` does so by path",
         )
@@ -264,9 +267,9 @@ def of_history(forgotten: Sequence[str], unsaved: Sequence[str]) -> Iterator[Lea
         yield Leak(
             "unsaved",
             tuple(unsaved),
-            "a parameter, and not in what is saved",
-            "a half of the parameters was saved: it loads into no model, and not under another wrt",
-            "split inside of the step and save the full tree: jaxgrad.save(path, params)",
+            "a parameter, but not saved",
+            "only half of the parameters were saved: a model, or another wrt, needs the rest too",
+            "split inside the step and save the full tree: jaxgrad.save(path, params)",
         )
 
 

@@ -1,9 +1,9 @@
-"""Someone's way to train, in one form: gradients, optimizer and step as functions of arrays.
+"""Normalises a training step, so that an audit can rerun its parts as functions of arrays.
 
-An audit must not change what it looks at. A plain Optax chain is initialised on all parameters
-and given all gradients, as in everyone's loop; one with `param_groups` in it is given gradients
-with holes, and the half of the parameters that has them. Where someone makes gradients or steps
-in another way, theirs are taken.
+An audit must not change what it measures. A plain Optax chain is initialised on all parameters
+and receives all gradients, as in most training loops; one that contains `param_groups` receives
+gradients with holes, and only the parameters that have one. If the user computes gradients or
+takes steps in another way, the user's functions run.
 """
 
 import dataclasses
@@ -37,14 +37,14 @@ class AuditError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How parameters are trained. Parameters are lists of the arrays of their tree.
+    """How parameters are trained. Its methods take them as a list of the arrays of their tree.
 
     Attributes:
         flat: the tree of the parameters.
         loss: `loss(params, batch)` to a scalar.
         tx: the transformation.
-        differentiate: `grad(params, batch)` to a tree of gradients, maybe with holes.
-        own_step: the step that someone wrote, where they did.
+        differentiate: `grad(params, batch)` to a tree of gradients, possibly with holes.
+        own_step: the user's own step, if there is one.
         graded: for each leaf of `flat`, whether there is a gradient for it.
         split: whether there are holes for parameters that could have a gradient.
     """
@@ -63,23 +63,23 @@ class Recipe:
         return [jnp.asarray(x) for x in self.flat.leaves if is_array(x)]
 
     def tree(self, arrays: Sequence[Any]) -> PyTree:
-        """The user's tree, built anew: what a loss writes into it is seen by nobody else."""
+        """The user's tree, rebuilt, so that nothing else sees what a loss writes into it."""
         values = iter(arrays)
         leaves = [next(values) if is_array(x) else x for x in self.flat.leaves]
         return self.flat.treedef.unflatten(leaves)
 
     def everywhere(self, values: Sequence[Any]) -> list[Any]:
-        """Values for the arrays as values for the leaves of `flat`: None for other leaves."""
+        """Values of the arrays, spread over the leaves of `flat`: None for other leaves."""
         given = iter(values)
         return [next(given) if is_array(x) else None for x in self.flat.leaves]
 
     def array_leaves(self, tree: PyTree) -> list[Any]:
-        """The leaves of such a tree that stand where the parameters have arrays, or holes."""
+        """The leaves of such a tree, holes included, where the parameters have arrays."""
         found = flatten(tree).leaves
         return [x for x, leaf in zip(found, self.flat.leaves, strict=True) if is_array(leaf)]
 
     def held(self, arrays: Sequence[Any]) -> PyTree:
-        """The half of the parameters that the transformation is given."""
+        """The half of the parameters that the transformation receives."""
         return halves(flatten(self.tree(arrays)), self.graded)[0]
 
     def init(self, arrays: Sequence[Any]) -> Any:
@@ -87,7 +87,7 @@ class Recipe:
         return self.tx.init(self.held(arrays))
 
     def grads(self, arrays: Sequence[Any], batch: PyTree) -> PyTree:
-        """The gradients, as the transformation is given them."""
+        """The gradients as the transformation receives them."""
         grads = self.differentiate(self.tree(arrays), batch)
         return halves(flatten(grads), self.graded)[0]
 
@@ -108,7 +108,7 @@ class Recipe:
             arrays: the parameters.
             state: the state of the transformation.
             batch: what the loss takes.
-            observe: an identity that the gradients are handed through.
+            observe: an identity that the gradients pass through.
         """
         if self.own_step:
             params, state, *_ = self.own_step(self.tree(arrays), state, batch)
@@ -120,7 +120,7 @@ class Recipe:
 
     @property
     def programs(self) -> Callable[..., Any]:
-        """The step as it runs: one jitted program, or where someone has cut it into several."""
+        """The step as it runs: one jitted program, or several if the user's code is split so."""
         if self.own_step:
             return self.step
         if not self.leaves_its_jit:
@@ -147,7 +147,7 @@ def recipe(
     grad: Callable[..., PyTree] | None = None,
     step: Callable[..., Any] | None = None,
 ) -> Recipe:
-    """Returns the recipe that a transformation is part of.
+    """Returns the recipe of a training step.
 
     Args:
         loss: `loss(params, batch)` to a scalar.
@@ -155,7 +155,7 @@ def recipe(
         batch: what the loss takes.
         tx: any Optax transformation.
         trained: which leaves are meant to be trained.
-        grad: how gradients are made, if not in the usual way.
+        grad: how gradients are computed, if not in the usual way.
         step: how a step is taken, if not in the usual way.
     """
     flat = flatten(params)
@@ -164,15 +164,15 @@ def recipe(
         holes = holds_groups(jax.eval_shape(tx.init, halves(flat, floats)[0]))
         graded = tuple(f and (t or not holes) for f, t in zip(floats, trained, strict=True))
         return Recipe(flat, loss, tx, _gradient(loss, graded), step, graded, graded != floats)
-    # Abstract arrays would do for most, but someone's `grad` may look at its arguments.
+    # Abstract arrays would usually do, but a user's `grad` may inspect its arguments.
     found = flatten(grad(params, batch))
-    check_same_structure(flat, found, "params", "what grad returns", AuditError)
+    check_same_structure(flat, found, "params", "the result of grad", AuditError)
     graded = tuple(not is_hole(g) and f for g, f in zip(found.leaves, floats, strict=True))
     return Recipe(flat, loss, tx, grad, step, graded, graded != floats)
 
 
 def split_by_hand(recipe: Recipe, trained: Sequence[bool]) -> Recipe:
-    """The same transformation, handed only the trained parameters and their gradients."""
+    """The same transformation, passed only the trained parameters and their gradients."""
     graded = tuple(
         t and is_array(x) and _is_inexact(x)
         for t, x in zip(trained, recipe.flat.leaves, strict=True)

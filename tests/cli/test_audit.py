@@ -42,7 +42,7 @@ def test_what_is_frozen_well_exits_with_zero(model, capsys, recipe):
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
-        (["--recipe", "masked"], "its raw gradient is passed through"),
+        (["--recipe", "masked"], "its raw gradient passes through"),
         (["--recipe", "freeze-before", "--optimizer", "adamw"], "Why: weight decay"),
         (["--recipe", "freeze-after", "--optimizer", "adam"], "its gradient is computed in each"),
         (["--recipe", "partition", "--clip", "1"], "of the squared gradient norm"),
