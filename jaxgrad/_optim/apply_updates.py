@@ -1,4 +1,4 @@
-"""Updates with holes, added to the parameters: a frozen leaf is returned as the object it was."""
+"""Adds updates with holes to the parameters: a frozen leaf is returned as the same object."""
 
 from typing import Any, TypeVar
 
@@ -55,17 +55,18 @@ def _apply(params: Flat, i: int, update: PyTree) -> Any:
         return param
     if is_hole(param):
         raise UpdateError(
-            f"there is an update for '{params.paths[i]}' and no parameter. Apply updates to the "
-            "tree that the gradients were taken in."
+            f"there is an update for '{params.paths[i]}' but no parameter. Apply updates to the "
+            "tree that was differentiated."
         )
-    if jnp.result_type(update) == jax.dtypes.float0:  # what jax.grad has for an integer
+    if jnp.result_type(update) == jax.dtypes.float0:  # what jax.grad returns for an integer
         return param
     if jnp.shape(param) != jnp.shape(update):
         raise UpdateError(
-            f"the update for '{params.paths[i]}' is {spec(update)}, the parameter {spec(param)}."
+            f"the update for '{params.paths[i]}' is {spec(update)}, but the parameter is "
+            f"{spec(param)}."
         )
     # As optax.apply_updates does: add in the wider dtype, return the parameter's.
     with jax.numpy_dtype_promotion("standard"):
         moved = jnp.asarray(param + update).astype(jnp.result_type(param))
-    # XLA on CPU reads a subnormal number as zero, so that even adding -0.0 would lose it.
+    # XLA on CPU flushes subnormals to zero, so even adding -0.0 would lose one.
     return jnp.where(update == 0, param, moved)

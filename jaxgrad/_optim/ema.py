@@ -53,7 +53,7 @@ def params_ema(decay: float) -> optax.GradientTransformation:
     is corrected as in Adam (Kingma and Ba, 2015).
     """
     if not 0 <= decay < 1:
-        raise ValueError(f"decay={decay}; it must be from 0 to below 1.")
+        raise ValueError(f"decay={decay}; it must be at least 0 and below 1.")
 
     def init(params: PyTree) -> EmaState:
         return EmaState(jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
@@ -62,7 +62,10 @@ def params_ema(decay: float) -> optax.GradientTransformation:
         updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: object
     ) -> tuple[PyTree, EmaState]:
         if params is None:
-            raise UpdateError("params_ema averages parameters: tx.update(grads, state, params).")
+            raise UpdateError(
+                "params_ema averages parameters and was not passed any: call "
+                "tx.update(grads, state, params)."
+            )
         new = apply_updates(params, updates)
         sums = jax.tree.map(lambda s, p: decay * s + (1 - decay) * p, state.sums, new)
         return updates, EmaState(decay * state.weight + (1 - decay), sums)
@@ -71,7 +74,7 @@ def params_ema(decay: float) -> optax.GradientTransformation:
 
 
 def averaged_params(params: T, opt_state: PyTree) -> T:
-    """Returns the parameters, with the averages that `params_ema` keeps in place of its leaves.
+    """Returns the parameters, each leaf that `params_ema` averages replaced by its average.
 
     Args:
         params: all parameters, or the trainable half.
@@ -81,7 +84,7 @@ def averaged_params(params: T, opt_state: PyTree) -> T:
         The tree of `params`; frozen leaves are those given.
 
     Raises:
-        UpdateError: the state has no average, or no step was taken yet.
+        UpdateError: the state has no average, or no step has been taken yet.
 
     Example:
         >>> import jax.numpy as jnp, optax, jaxgrad as jg
@@ -89,16 +92,16 @@ def averaged_params(params: T, opt_state: PyTree) -> T:
         >>> jg.averaged_params(jnp.ones(2), tx.init(jnp.ones(2)))
         Traceback (most recent call last):
             ...
-        jaxgrad.UpdateError: there is no average yet: no step was taken.
+        jaxgrad.UpdateError: there is no average yet: no step has been taken.
 
     Source: `AveragedModel.module`.
     """
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, EmaState))
     states = [node for node in nodes if isinstance(node, EmaState)]
     if not states:
-        raise UpdateError("there is no average in this state: put params_ema in the optimizer.")
+        raise UpdateError("this state has no average: add params_ema to the optimizer.")
     if any(state.weight == 0 for state in states):
-        raise UpdateError("there is no average yet: no step was taken.")
+        raise UpdateError("there is no average yet: no step has been taken.")
     averages: dict[str, Any] = {}
     for state in states:
         sums = flatten(state.sums)

@@ -2,13 +2,13 @@
 
 Optax freezes by adding to a chain (`masked`, `set_to_zero`, `freeze`), and what comes after
 or beside the addition can still move a frozen leaf, store state for it, or count it in a norm.
-Here each transformation is given a tree in which the leaves of others are holes. It can't
+Here each transformation receives a tree in which the leaves of the others are holes. It can't
 decay, clip or remember what it doesn't see.
 
-A hole in the gradients gives a hole in the updates. A frozen leaf that comes with a gradient
-all the same (from `jax.grad` over everything) gets an update of negative zero, for `-0.0 + 0.0`
-is `0.0`, but `-0.0 + -0.0` is `-0.0`. `optax.apply_updates` then keeps every normal number;
-`apply_updates` here keeps the subnormal ones too, which XLA's addition on CPU flushes to zero.
+A hole in the gradients gives a hole in the updates. A frozen leaf that has a gradient anyway (from
+`jax.grad` over everything) gets an update of negative zero, because `-0.0 + 0.0` is `0.0`, but
+`-0.0 + -0.0` is `-0.0`. `optax.apply_updates` then preserves every normal value; `apply_updates`
+here also preserves subnormals, which XLA's addition on CPU flushes to zero.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ class ParamGroupsState(NamedTuple):
 
 
 def holds_groups(opt_state: PyTree) -> bool:
-    """Whether an optimizer's state has the state of `param_groups` in it, however deep."""
+    """Whether an optimizer's state contains the state of `param_groups`, at any depth."""
 
     def is_groups(node: object) -> bool:
         return isinstance(node, ParamGroupsState)
@@ -76,7 +76,7 @@ class Assignment:
             width = max(map(len, leaves), default=0)
             n = sum(map(numel, leaves.values()))
             total = size(sum(map(nbytes, leaves.values())))
-            lines.append(f"{name}: {count([*leaves], 'leaf', verb=False)}, {n:,} numbers, {total}")
+            lines.append(f"{name}: {count([*leaves], 'leaf', verb=False)}, {n:,} elements, {total}")
             lines += [f"  {path:{width}}  {spec(leaf)}" for path, leaf in leaves.items()]
         return "\n".join(lines)
 
@@ -92,7 +92,7 @@ class ParamGroups(optax.GradientTransformationExtraArgs):
         resolved = tuple((wrt, optax.with_extra_args_support(tx)) for wrt, tx in pairs)
         if not resolved:
             raise SelectionError(
-                "param_groups needs at least one group; without any, all is frozen."
+                "param_groups needs at least one group: without one, everything would be frozen."
             )
 
         def init(params: PyTree) -> ParamGroupsState:
@@ -128,9 +128,9 @@ class ParamGroups(optax.GradientTransformationExtraArgs):
             >>> import jax.numpy as jnp, optax, jaxgrad as jg
             >>> params = {"head": jnp.ones((2, 3)), "trunk": [jnp.ones(4), jnp.ones(5)]}
             >>> jg.param_groups({"head": optax.adam(1e-3)}).assign(params)
-            head: 1 leaf, 6 numbers, 24 B
+            head: 1 leaf, 6 elements, 24 B
               head  float32[2,3]
-            frozen: 2 leaves, 9 numbers, 36 B
+            frozen: 2 leaves, 9 elements, 36 B
               trunk/0  float32[4]
               trunk/1  float32[5]
         """
@@ -160,8 +160,8 @@ def param_groups(groups: Groups) -> ParamGroups:
         An `optax.GradientTransformationExtraArgs`. `init` takes the trainable half of the
         parameters, or all of them; `update` takes gradients with holes (`jaxgrad.grad`), or for
         all leaves (`jax.grad`), and returns updates of the same structure. A frozen leaf has no
-        state, no share in a norm, and stays as it is, bit for bit: its update is a hole where
-        its gradient is one, and else negative zero. Extra arguments go to every group.
+        state and no share in a norm, and stays bit-identical: its update is a hole if its
+        gradient is one, and negative zero otherwise. Extra arguments go to every group.
         `.assign(params)` lists which group takes what.
 
         To clip by the norm over several groups, nest: `param_groups({"!trunk/**":
@@ -169,9 +169,9 @@ def param_groups(groups: Groups) -> ParamGroups:
 
     Raises:
         SelectionError: there is no group; and on `init` or `update`, a pattern matches no leaf,
-            a predicate takes none of a tree without holes, a group is left only leaves that
-            earlier groups take, or an NNX parameter is tied (see `select`).
-        UpdateError: on `update`, gradients, parameters and state are not of one structure.
+            a predicate selects no leaf of a tree without holes, a group matches only leaves
+            that earlier groups take, or an NNX parameter is tied (see `select`).
+        UpdateError: on `update`, gradients, parameters and state differ in structure.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, jaxgrad as jg
@@ -188,7 +188,7 @@ def param_groups(groups: Groups) -> ParamGroups:
         [-0.5 -0.5] [1. 1. 1.]
 
     Source: the parameter groups of `torch.optim.Optimizer`, and Optax's `partition`, which
-    asks for a label for every leaf.
+    needs a label for every leaf.
     """
     return ParamGroups(groups)
 
@@ -241,7 +241,7 @@ def _call(
         _refuse_other_leaves(tx, updates if params is None else params, state, e)
         raise
     if jax.tree.structure(after) != jax.tree.structure(state):
-        # Others of its maps read a hole as a leaf, and drop that leaf's momentum in silence.
+        # Other tree maps in Optax read a hole as a leaf, and silently drop that leaf's momentum.
         _refuse_other_leaves(tx, updates if params is None else params, state, None)
     return new, after
 
@@ -253,30 +253,30 @@ def _refuse_other_leaves(
     if needed != had:
         lacks, excess = (sorted(map(repr, s)) for s in (needed - had, had - needed))
         raise UpdateError(
-            f"the state was made for other leaves than have gradients: it lacks "
-            f"{listed(lacks) or 'none'}, and has {listed(excess) or 'none'} in excess. Make it "
-            "by tx.init(trainable), from `trainable, frozen = jaxgrad.partition(params, wrt)`."
+            f"the state was made for other leaves than those that have gradients: missing "
+            f"{listed(lacks) or 'none'}, unexpected {listed(excess) or 'none'}. Make it with "
+            "tx.init(trainable), from `trainable, frozen = jaxgrad.partition(params, wrt)`."
         ) from cause
 
 
 def _owners(flat: Flat, groups: Iterable[tuple[Wrt, Any]]) -> list[int | None]:
-    """The index of the group that takes each position, `None` for those frozen."""
+    """The index of the group that takes each position, `None` if it is frozen."""
     owners: list[int | None] = [None] * len(flat.paths)
     groups = tuple(groups)
     for i, (wrt, _) in enumerate(groups):
         hits = match(flat, wrt)
         if not any(hits) and not any(map(is_hole, flat.leaves)):
             raise SelectionError(
-                f"the group {_names(groups)[i]!r} takes no leaf, so its transformation would train "
-                f"nothing. The tree's paths: {listed(map(repr, flat.paths))}."
+                f"the group {_names(groups)[i]!r} matches no leaf, so its transformation would "
+                f"train nothing. The tree's paths: {listed(map(repr, flat.paths))}."
             )
         free = [hit and owner is None for hit, owner in zip(hits, owners, strict=True)]
         if any(hits) and not any(free):
             names = _names(groups)
             first = next(o for hit, o in zip(hits, owners, strict=True) if hit and o is not None)
             raise SelectionError(
-                f"the group {names[i]!r} is left without a leaf: groups before it take all that it "
-                f"matches. The first match wins: put it before {names[first]!r}."
+                f"the group {names[i]!r} gets no leaf: earlier groups take all that it matches. "
+                f"The first match wins, so put it before {names[first]!r}."
             )
         owners = [i if f else owner for f, owner in zip(free, owners, strict=True)]
     return owners
@@ -294,8 +294,8 @@ def _refuse_holes(params: Flat, owners: list[int | None], group: int) -> None:
     ]
     if holes:
         raise UpdateError(
-            f"there are gradients for {listed(holes)} and no parameters. Pass params= from the "
-            "tree that the gradients were taken in, or its trainable half."
+            f"there are gradients for {listed(holes)} but no parameters. Pass as params= the tree "
+            "that was differentiated, or its trainable half."
         )
 
 
