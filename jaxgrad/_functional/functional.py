@@ -1,12 +1,12 @@
 """A Flax model as a pure function and its parameters.
 
-The parameters are a plain dict, and only what an optimizer may move: statistics and random
-state are arguments and results of their own. A plain dict is also what costs least per step:
-`jax.jit` flattens it several times faster than a tree of module objects.
+The parameters are a plain dict of only what an optimizer may update: statistics and random state
+are separate arguments and results. A plain dict is also cheapest per step: `jax.jit` flattens it
+several times faster than a tree of module objects.
 
-Inference is the default, for a model and for each frozen layer in training: a layer that is
-not trained has no reason to move its statistics, nor to be noisy. Which layers are frozen is
-said by the same `wrt` as everything else.
+Inference mode is the default for the model, and for each frozen layer in training: a layer that is
+not trained has no reason to update its statistics, nor to add noise. The same `wrt` as everywhere
+else says which layers are frozen.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from flax import linen, nnx
     from flax.linen.module import InterceptorContext
 
-_MODES = ("deterministic", "use_running_average")  # the attributes by which Flax tells the mode
+_MODES = ("deterministic", "use_running_average")  # the attributes that hold Flax's mode
 
 
 class Apply(Protocol):
@@ -40,7 +40,7 @@ class Apply(Protocol):
     def __call__(
         self, params: PyTree, *args: object, stats: PyTree = None, **kwargs: object
     ) -> Any:
-        """Returns the model's output in inference mode, with `stats` or those it had."""
+        """Returns the model's output in inference mode, with `stats`, by default its own."""
         ...
 
     def train(
@@ -66,9 +66,9 @@ def functional(
     Args:
         model: an NNX module, or a Linen module.
         variables: for a Linen module, what `model.init` returned.
-        wrt: which parameters are trained; see `select`. A layer of which no parameter is
-            selected stays in inference mode in `apply.train`, as does a layer without parameters
-            of its own (a dropout) whose nearest parent that has any is frozen.
+        wrt: which parameters are trained; see `select`. A layer without a selected
+            parameter stays in inference mode in `apply.train`; a layer without parameters (a
+            dropout) follows its nearest parent that has some.
 
     Returns:
         `(apply, params)`.
@@ -80,17 +80,17 @@ def functional(
         dropout, running statistics.
 
         `apply.train(params, *args, stats=None, key=None, **kwargs)` returns `(output, stats)`, in
-        training mode where `wrt` trains. Pass the new statistics to the next call, and a typed
-        PRNG key if the model draws random numbers. A Linen model may have a flag of its own
-        (`train=True`), which decides for its trained layers: pass it.
+        training mode for the layers that `wrt` trains. Pass the new statistics to the next call,
+        and a typed PRNG key if the model draws random numbers. A Linen model may have a flag of
+        its own (`train=True`), which decides for its trained layers: pass it.
 
-        `apply.stats` are the statistics that the model had, taken where `stats` is not given.
+        `apply.stats` are the model's statistics, used if `stats` is not passed.
 
     Raises:
         TypeError: `model` is not a Flax module, or `variables` are missing.
         SelectionError: see `select`.
-        ValueError: on a call, `params` or `stats` have another structure than the model's or
-            holes, or random numbers are needed and `key` is missing.
+        ValueError: on a call, `params` or `stats` have holes or a structure other than the
+            model's, or the model draws random numbers and `key` is missing.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxgrad as jg
@@ -112,12 +112,12 @@ def functional(
         return _functional_nnx(model, wrt)
     if not isinstance(model, linen.Module):
         raise TypeError(
-            f"functional() takes a Flax module, nnx or linen, not {type(model).__name__}. An "
-            "Equinox module or a dict of arrays needs none: it is a pytree of parameters already."
+            f"functional() takes a Flax module (NNX or Linen), not {type(model).__name__}. An "
+            "Equinox module or a dict of arrays is already a pytree of parameters: use it as it is."
         )
     if variables is None or "params" not in variables:
         raise TypeError(
-            "functional() of a Linen module needs its variables, with a 'params' collection: "
+            "functional() of a Linen module needs its variables, including 'params': "
             "functional(model, model.init(key, x))."
         )
     stats = {name: tree for name, tree in variables.items() if name != "params"}
@@ -127,7 +127,7 @@ def functional(
 
 @dataclasses.dataclass(frozen=True, eq=False)  # by identity, so that jax.jit(apply) works
 class _NnxApply:
-    """An NNX module taken apart. Each call builds a module of its own and drops it again."""
+    """An NNX module in parts. Each call builds a fresh module and drops it again."""
 
     stats: PyTree
     inference: Any  # the graph definitions in the two modes
@@ -242,7 +242,7 @@ class _LinenApply:
 def _in_modes(is_frozen: Callable[[str], bool]) -> Callable[..., Any]:
     """An interceptor of Linen calls that puts the frozen layers in inference mode.
 
-    The others are in the mode that the model gives them, and in training mode if it gives none.
+    The others are in the mode that the model sets, or in training mode if it sets none.
     """
 
     def interceptor(
@@ -252,8 +252,8 @@ def _in_modes(is_frozen: Callable[[str], bool]) -> Callable[..., Any]:
         modes = [mode for mode in _MODES if hasattr(layer, mode)]
         if not modes:
             return call(*args, **kwargs)
-        # The mode comes as an attribute or as an argument, by position or by name, and Flax
-        # refuses both at once: take it out of the arguments, and set the attribute.
+        # The mode comes as an attribute or as an argument, positional or by keyword, and
+        # Flax refuses both at once: remove it from the arguments, and set the attribute.
         signature = inspect.signature(getattr(type(layer), context.method_name))
         bound = signature.bind(layer, *args, **kwargs)
         before = {mode: getattr(layer, mode) for mode in modes}
@@ -262,7 +262,7 @@ def _in_modes(is_frozen: Callable[[str], bool]) -> Callable[..., Any]:
             if inference or before[mode] is bound.arguments.get(mode) is None:
                 if mode in bound.arguments:
                     bound.arguments[mode] = None
-                # Linen freezes its dataclasses; this instance lives for one apply and is put back.
+                # Linen freezes its dataclasses; this instance lives for one apply and is restored.
                 object.__setattr__(layer, mode, inference)
         try:
             return call(*bound.args[1:], **bound.kwargs)
@@ -305,10 +305,10 @@ def _fill(template: Flat, values: PyTree, name: str) -> Any:
         missing = [f"'{p}'" for p in template.paths if p not in flat.paths]
         extra = [f"'{p}'" for p in flat.paths if p not in template.paths]
         raise ValueError(
-            f"{name} is not of the model's structure: "
+            f"{name} does not have the model's structure: "
             + "; ".join(
                 f"{what} {listed(names)}"
-                for what, names in (("it lacks", missing), ("it has in excess", extra))
+                for what, names in (("missing", missing), ("unexpected", extra))
                 if names
             )
             + "."
@@ -325,13 +325,13 @@ def _refuse_holes(template: Flat, values: Flat, name: str) -> None:
     ]
     if holes:
         raise ValueError(
-            f"{name} has holes at {listed(holes)}: it is a half. Put it together with the other, "
-            "jaxgrad.merge(trainable, frozen), or differentiate by wrt, which does."
+            f"{name} has holes at {listed(holes)}: it is one half of a tree. Merge it with the "
+            "other, jaxgrad.merge(trainable, frozen), or differentiate with wrt=, which does so."
         )
 
 
 def _reseeded(leaves: list[Any], key: jax.Array | None) -> list[Any]:
-    """Random state drawn from `key`: one stream for each of the model's, counting from zero."""
+    """Random state derived from `key`: one stream for each of the model's, counting from zero."""
     if key is None:
         return leaves
     return [
@@ -349,12 +349,12 @@ def _refuse_draws(before: Flat, after: Flat) -> None:
         if old is not new
     ]
     if drawn:
-        raise ValueError(_no_key(f"it counts on at {listed(drawn)}"))
+        raise ValueError(_no_key(f"its random state changes at {listed(drawn)}"))
 
 
 def _no_key(why: str) -> str:
     return (
-        f"the model draws random numbers in training mode ({why}) and was given no key, so "
-        "every call would draw the same. Pass apply.train(..., key=jax.random.key(...)), a new "
-        "one each step."
+        f"the model draws random numbers in training mode ({why}) but was not passed a key, so "
+        "every call would draw the same ones. Pass apply.train(..., key=jax.random.key(...)), a "
+        "new key each step."
     )
