@@ -1,9 +1,9 @@
 """Gradients of the selected leaves, and of those alone.
 
-Everything here splits the parameters *before* it differentiates. To differentiate all and
-drop the frozen part leaves the work to dead-code elimination, which stops at the first thing
-that reads the gradients: a norm, a check that they are finite, an accumulator, the boundary
-of a `jit`. After the split a frozen leaf is a constant to JAX, and there is nothing to drop.
+Everything here splits the parameters *before* it differentiates. Differentiating everything and
+dropping the frozen part relies on dead-code elimination, which stops at the first thing that reads
+the gradients: a norm, a check that they are finite, an accumulator, the boundary of a `jit`. After
+the split a frozen leaf is a constant to JAX, and there is nothing to eliminate.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,7 +31,7 @@ P = TypeVar("P")
 """The type of the parameters, and so of their gradients."""
 
 A = TypeVar("A")
-"""What a loss returns beside its value."""
+"""What a loss returns besides its value."""
 
 V = TypeVar("V")
 """The value of a function to differentiate."""
@@ -93,14 +93,14 @@ def value_and_grad(
     microbatches: int | None = None,
     taps: bool = False,
 ) -> Callable[..., tuple[Any, Any]]:
-    """Returns a function for the value of `fun` and its gradient in the selected parameters.
+    """Returns a function that computes `fun` and its gradient in the selected parameters.
 
     Args:
         fun: `fun(params, *args, **kwargs)`, pure, to a scalar; with `has_aux`, to
             `(scalar, aux)`.
         wrt: which leaves of `params` to differentiate; see `select`.
-        has_aux: whether `fun` returns something beside the value to differentiate.
-        microbatches: split the batch in this many equal parts and accumulate the gradient over
+        has_aux: whether `fun` returns something besides the value to differentiate.
+        microbatches: split the batch into this many equal parts and accumulate the gradient over
             them in a `scan`, so that the memory of one part is enough. Arrays in `args` are
             split along their first axis, a typed PRNG key in `args` or `kwargs` gives each
             part a key of its own, and everything else goes to each part unsplit. Value and
@@ -110,8 +110,8 @@ def value_and_grad(
 
     Returns:
         A function of the arguments of `fun` that returns `(value, grads)`, with `has_aux`
-        `((value, aux), grads)`; with `taps`, `(grads, taps)` stands for `grads`, and `taps` is a
-        dict from the names to the cotangents (see `tap`), stacked as `aux` is. `grads` has the
+        `((value, aux), grads)`; with `taps`, `(grads, taps)` replaces `grads`, and `taps` is a dict
+        from the names to the cotangents (see `tap`), stacked as `aux` is. `grads` has the
         structure of `params`, shapes and dtypes of the selected leaves, and `None` for the
         others. The `aux` of microbatches is stacked along a new first axis. The function composes
         with `jit`, `vmap`, `scan` and itself.
@@ -219,7 +219,7 @@ def grad(
     microbatches: int | None = None,
     taps: bool = False,
 ) -> Callable[..., Any]:
-    """Returns a function for the gradient of `fun` in the selected parameters.
+    """Returns a function that computes the gradient of `fun` in the selected parameters.
 
     Args:
         fun: see `value_and_grad`.
@@ -230,7 +230,7 @@ def grad(
 
     Returns:
         A function of the arguments of `fun` that returns `grads`, with `has_aux`
-        `(grads, aux)`; with `taps`, `(grads, taps)` stands for `grads`. See `value_and_grad`.
+        `(grads, aux)`; with `taps`, `(grads, taps)` replaces `grads`. See `value_and_grad`.
 
     Raises:
         SelectionError: see `value_and_grad`.
@@ -278,7 +278,7 @@ def backward(
 
     Returns:
         `(value, grads)`; `grads` has the structure of `params`, with `None` for leaves that are
-        not selected. Nothing is stored and nothing accumulates: a second call gives the same.
+        not selected. Nothing is stored and nothing accumulates: a second call returns the same.
         For complex numbers the gradient is JAX's, the conjugate of PyTorch's.
 
     Raises:
@@ -303,18 +303,18 @@ def backward(
     value, pullback = jax.vjp(lambda s: call_loss(fun, merge(s, rest), args, {}), selected)
     if not any(jnp.issubdtype(y.dtype, jnp.inexact) for y in jax.tree.leaves(value)):
         raise GradientError(
-            f"fun returns {listed(map(spec, jax.tree.leaves(value))) or 'no array'}, which has no "
-            "gradient: only floating-point values have."
+            f"fun returns {listed(map(spec, jax.tree.leaves(value))) or 'no array'}: only "
+            "floating-point values have a gradient."
         )
     return value, pullback(_cotangents(value, gradient))[0]
 
 
 def stop_gradient(tree: P, wrt: Wrt = "**") -> P:
-    """Cuts the leaves that `wrt` selects off from differentiation.
+    """Stops differentiation at the leaves that `wrt` selects.
 
     Args:
         tree: any pytree.
-        wrt: the leaves to cut off; see `select`.
+        wrt: the leaves to treat as constants; see `select`.
 
     Returns:
         The tree with the same values; no gradient flows through the leaves selected.
@@ -329,7 +329,7 @@ def stop_gradient(tree: P, wrt: Wrt = "**") -> P:
         >>> print(g["a"], g["b"])
         [3. 3.] [0. 0.]
 
-    Source: `Tensor.detach`. To train a part of a model take `wrt`, which computes nothing for
+    Source: `Tensor.detach`. To train a part of a model use `wrt`, which computes nothing for
     the rest; this is for a value inside a loss (a target network, a straight-through step).
     """
     return select(tree, wrt).map(jax.lax.stop_gradient, tree)
@@ -366,12 +366,12 @@ def _cotangent(what: str, y: jax.Array, gradient: Any) -> Any:
             )
         return jnp.ones(y.shape, y.dtype)
     if isinstance(gradient, int | float | complex):
-        dtype = y.dtype  # a Python number has the dtype of what it meets
+        dtype = y.dtype  # a Python number takes the dtype of the value
     else:
         dtype = jax.dtypes.canonicalize_dtype(gradient.dtype)
     if jnp.shape(gradient) != y.shape or dtype != y.dtype:
         raise GradientError(
-            f"gradient is {spec(gradient)} where the {what} is {spec(y)}; a cotangent has "
+            f"gradient is {spec(gradient)}, but the {what} is {spec(y)}; a cotangent has "
             f"the shape and dtype of the value. Use jnp.broadcast_to or .astype({str(y.dtype)!r})."
         )
     return jnp.asarray(gradient, y.dtype)

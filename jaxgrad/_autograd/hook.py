@@ -1,9 +1,9 @@
-"""A function on a gradient in flight.
+"""A function applied to a cotangent on its way back.
 
-`jax.custom_vjp` of the identity, and three things that it leaves to its user: what the function
-closes over is made an argument (a hook in the body of a scan may use the body's values), what it
-returns is checked where it is written and not where the cotangent arrives, and leaves without
-gradients are kept from it.
+This is `jax.custom_vjp` of the identity, plus three things that it leaves to its user. The values
+that the function closes over become arguments, so that a hook in the body of a scan may use the
+body's values. The result is checked where the hook is written, not where the cotangent arrives.
+Leaves without gradients are hidden from the function.
 """
 
 import functools
@@ -26,28 +26,28 @@ source_info_util.register_exclusion(__file__)  # the line of a hook is the user'
 
 
 class HookError(ValueError):
-    """A hook that returns no cotangent of the value it is on: the message says how it differs."""
+    """A hook whose result is not a cotangent of its value: the message says how it differs."""
 
     __module__ = "jaxgrad"
 
 
 def hook(x: T, fn: Callable[[T], T | None]) -> T:
-    """Returns `x`, whose cotangent goes through `fn` on its way back.
+    """Returns `x`, whose cotangent passes through `fn` on its way back.
 
     Args:
         x: an array, or a pytree of arrays.
-        fn: from the cotangent of `x` (of its structure, shapes and dtypes, with `None` for
-            leaves that are not floats) to the one that is passed on; or to `None`, to look at it
-            only and let it pass. JAX traces it like any function: to look at values use
+        fn: takes the cotangent of `x` (of its structure, shapes and dtypes, with `None` for
+            leaves that are not floats) and returns the one to pass on, or `None` to only look at
+            it and pass it on unchanged. JAX traces it like any function: to look at values use
             `jax.debug.print` or `jax.debug.callback`. Under `vmap`, `fn` sees one example.
 
     Returns:
         `x`; the forward pass computes nothing for it.
 
     Raises:
-        HookError: `fn` returns another structure, shape or dtype than it is given.
+        HookError: `fn` returns another structure, shape or dtype than its argument's.
 
-    Forward-mode differentiation through a hook is refused by JAX, as for every `custom_vjp`;
+    JAX refuses forward-mode differentiation through a hook, as through every `custom_vjp`;
     forward over reverse (`jax.hessian`) and reverse over reverse work, and differentiate `fn`.
 
     Example:
@@ -72,8 +72,8 @@ def hook(x: T, fn: Callable[[T], T | None]) -> T:
         _check(given, returned)
         return jax.tree.leaves(returned)
 
-    # What `fn` closes over becomes an argument: it may be a tracer, of a scan's body say, that
-    # is gone when the cotangents come.
+    # What `fn` closes over becomes an argument: it may be a tracer (of a scan's body, say) that
+    # no longer exists when the cotangents arrive.
     jaxpr, closed_over = opened(jax.make_jaxpr(on_leaves)(*leaves))
     return rebuild(_hooked(jaxpr, closed_over, leaves))
 
@@ -82,8 +82,8 @@ def _check(given: Any, returned: Any) -> None:
     before, after = flatten(given), flatten(returned)
     if before.treedef != after.treedef:
         raise HookError(
-            f"the hook is given a cotangent of structure {before.treedef} and returns "
-            f"{after.treedef}. Return the same structure, or None to let the cotangent pass."
+            f"the hook receives a cotangent of structure {before.treedef} but returns "
+            f"{after.treedef}. Return the same structure, or None to pass the cotangent on."
         )
     wrong = [
         f"{f'{path!r}: ' if path else ''}{spec(a)} for a cotangent of {spec(b)}"

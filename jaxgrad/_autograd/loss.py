@@ -1,4 +1,4 @@
-"""A loss, checked: split by `wrt`, called, and refused where its value is not a scalar.
+"""Checks on a loss: the leaves to differentiate, what it writes, and that it is a scalar.
 
 `value_and_grad`, `fit` and the rest call user functions through here, so that one mistake has one
 error text everywhere.
@@ -26,7 +26,7 @@ class GradientError(ValueError):
 
 
 def checked(fun: Callable[..., Any]) -> Callable[..., jax.Array]:
-    """`fun`, with what `value_and_grad` refuses of a loss refused when it is called or traced."""
+    """`fun`, with the checks of `value_and_grad` on a loss made when it is called or traced."""
 
     def wrapped(params: PyTree, *args: Any, **kwargs: Any) -> jax.Array:
         return scalar_value(call_loss(fun, params, args, kwargs))
@@ -35,31 +35,31 @@ def checked(fun: Callable[..., Any]) -> Callable[..., jax.Array]:
 
 
 def differentiable(params: PyTree, wrt: Wrt) -> Selection:
-    """`select`, where each selected leaf can have a gradient."""
+    """`select`, or an error if a selected leaf can't have a gradient."""
     selection = select(params, wrt)
     flat = selection.flat
     for path, leaf, flag in zip(flat.paths, flat.leaves, selection.flags, strict=True):
         if flag and not is_hole(leaf) and not jnp.issubdtype(leaf.dtype, jnp.inexact):
             raise SelectionError(
                 f"wrt selects '{path}', which is {spec(leaf)} and has no gradient: "
-                f"only floating-point leaves have. Exclude it: wrt=[..., '!{path}']."
+                f"only floating-point leaves do. Exclude it: wrt=[..., '!{path}']."
             )
     for name, node in variables(params, "BatchStat"):
         held = (is_within(path, name) for path in selection.paths)
         if jax.tree.leaves(node) and any(held):
             raise SelectionError(
                 f"wrt selects '{name}', a running statistic ({type(node).__name__}), which no "
-                f"optimizer should move. Exclude it: wrt=[..., '!{name}']; or take parameters "
-                "and statistics apart with `jaxgrad.functional(model)`."
+                f"optimizer should update. Exclude it: wrt=[..., '!{name}']; or separate "
+                "parameters from statistics with `jaxgrad.functional(model)`."
             )
     return selection
 
 
 def call_loss(fun: Callable[..., Any], params: PyTree, args: tuple, kwargs: dict) -> Any:
-    """Calls `fun`, and refuses to lose what it writes into an NNX module among the parameters.
+    """Calls `fun`; raises if it writes into an NNX module among the parameters.
 
     A module rebuilt from its leaves is a copy: new running statistics and random counts would
-    be dropped with it, and neither Flax nor JAX says so.
+    be lost with it, and neither Flax nor JAX says so.
     """
     before = _writable(params)
     out = fun(params, *args, **kwargs)
@@ -68,15 +68,16 @@ def call_loss(fun: Callable[..., Any], params: PyTree, args: tuple, kwargs: dict
         changed = [f"'{path}'" for path, x in before.items() if after.get(path, x) is not x]
         if changed:
             raise GradientError(
-                f"the loss changes {listed(changed)} of the NNX module it is given. That is "
-                "lost, for the module is a copy. Take `apply, params = jaxgrad.functional(model)`: "
-                "`apply.train` returns new statistics and draws from a key that you pass."
+                f"the loss changes {listed(changed)} of the NNX module it is passed. The change is "
+                "lost, because the module is a copy. Use `apply, params = "
+                "jaxgrad.functional(model)`: `apply.train` returns the new statistics and draws "
+                "from a key that you pass."
             )
     return out
 
 
 def _writable(tree: PyTree) -> dict[str, Any]:
-    """What an NNX module may write as it is called, by path: all but its parameters.
+    """What an NNX module may write when it is called, by path: all but its parameters.
 
     Parameters are left out because `nnx.remat` and `nnx.jit` write back what they were passed.
     """
@@ -92,13 +93,13 @@ def _writable(tree: PyTree) -> dict[str, Any]:
 def scalar_value(value: Any) -> jax.Array:
     if not is_array(value):
         raise GradientError(
-            f"the loss returns {type(value).__name__}, not a scalar. Where it returns "
+            f"the loss returns {type(value).__name__}, not a scalar. If it returns "
             "(value, aux), pass has_aux=True."
         )
     value = jnp.asarray(value)
     if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
         raise GradientError(
             f"the loss returns {spec(value)}; a gradient needs a real scalar. "
-            "Reduce it (jnp.mean), or give a cotangent: jaxgrad.backward(..., gradient=...)."
+            "Reduce it (jnp.mean), or pass a cotangent: jaxgrad.backward(..., gradient=...)."
         )
     return value

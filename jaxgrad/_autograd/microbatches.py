@@ -19,7 +19,7 @@ def accumulate(
 ) -> tuple[jax.Array, Any, PyTree]:
     """Means over the parts of the batch; the carry holds one gradient of the selected leaves."""
     split, whole = _microbatches(args, kwargs, parts)
-    # Sums of many small gradients lose digits in half precision.
+    # Sums of many small gradients lose precision in half precision.
     total = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), _wide(jnp.result_type(x))), selected)
 
     def step(total: PyTree, part: PyTree) -> tuple[PyTree, tuple[jax.Array, Any]]:
@@ -33,7 +33,7 @@ def accumulate(
 
 _MUST_SPLIT = (
     "microbatches: the arrays in positional arguments",
-    "Pass what belongs to every part whole by keyword.",
+    "Pass what every part needs whole by keyword.",
 )
 
 
@@ -62,7 +62,7 @@ def _microbatches(args: tuple, kwargs: dict, parts: int) -> tuple[PyTree, PyTree
     ]
     if not batch and (whole or not any(differs)):
         raise GradientError(
-            f"microbatches={parts} and no positional argument to split"
+            f"microbatches={parts}, but no positional argument can be split"
             + (f": {listed(map(repr, whole))} would go to each part whole" if whole else "")
             + ". Pass the batch by position: loss_and_grad(params, batch)."
         )

@@ -1,8 +1,8 @@
-"""Mixed precision: a loss in half precision of parameters that are kept in full.
+"""Mixed precision: a loss computed in half precision, from parameters kept in full precision.
 
-The cast is a part of the loss, so that its gradient is cast back: the optimizer sees the masters,
-in their own dtype, and only trained parameters need one. The cast of a
-frozen parameter is a constant, which staging computes once.
+The cast is part of the loss, so its gradient is cast back: the optimizer sees the full-precision
+master copies, and only trained parameters need one. The cast of a frozen parameter is a constant,
+which staging computes once.
 """
 
 import functools
@@ -20,8 +20,8 @@ def mixed_precision(loss: Callable[X, V], dtype: str = "bfloat16") -> Callable[X
     """Returns a loss that computes in another floating-point dtype.
 
     Args:
-        loss: `loss(params, *args, **kwargs)`. What should be computed in full after all, as a
-            softmax over many classes, it casts itself: `logits.astype(jnp.float32)`.
+        loss: `loss(params, *args, **kwargs)`. It casts by itself what should be computed in full
+            precision, such as a softmax over many classes: `logits.astype(jnp.float32)`.
         dtype: of the computation: `bfloat16`, or `float16`, whose small gradients vanish unless the
             loss is scaled.
 
@@ -45,7 +45,7 @@ def mixed_precision(loss: Callable[X, V], dtype: str = "bfloat16") -> Callable[X
     """
     half = jnp.dtype(dtype)
     if not jnp.issubdtype(half, jnp.floating):
-        raise ValueError(f"dtype={dtype!r}; it must be a floating-point dtype, as 'bfloat16'.")
+        raise ValueError(f"dtype={dtype!r}; it must be a floating-point dtype, such as 'bfloat16'.")
 
     @functools.wraps(loss)
     def wrapped(*args: X.args, **kwargs: X.kwargs) -> V:

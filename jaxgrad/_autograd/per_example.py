@@ -1,9 +1,9 @@
 """The gradient of each example by itself.
 
-A batch's gradient is a mean, and a mean hides: the mislabelled digit, the one sequence that blows
-up, the class that pulls alone. In JAX the gradient of one row is the gradient of a batch of one,
-and `vmap` makes it that of all rows at once, at the memory of one gradient per row; `chunk` bounds
-that.
+A batch's gradient is a mean, and a mean hides the mislabelled digit, the one sequence that blows
+up, the class that pulls its own way. In JAX the gradient of one row is the gradient of a batch of
+one, and `vmap` computes it for all rows at once, in the memory of one gradient per row; `chunk`
+bounds that.
 """
 
 from collections.abc import Callable
@@ -26,14 +26,14 @@ X = ParamSpec("X")
 def per_example_grads(
     loss: Callable[Concatenate[P, X], ArrayLike], wrt: Wrt = "**", *, chunk: int | None = None
 ) -> Callable[Concatenate[P, X], P]:
-    """Returns a function for the gradient of a loss at each example of a batch.
+    """Returns a function that computes the gradient of a loss at each example of a batch.
 
     Args:
-        loss: `loss(params, *batch, **kwargs)`, pure, to a scalar; it is given batches of one row,
-            first axis included, so a loss that is written for batches works as it is.
+        loss: `loss(params, *batch, **kwargs)`, pure, to a scalar; it is passed batches of one row,
+            first axis included, so a loss written for batches works unchanged.
         wrt: which leaves of `params` to differentiate; see `select`.
         chunk: how many examples to differentiate at once; all if None. Gradients of one chunk
-            take `chunk` times the memory of the selected leaves, beside the result.
+            take `chunk` times the memory of the selected leaves, besides the result.
 
     Returns:
         A function of the arguments of `loss`. Arrays in positional arguments have one row per
@@ -69,7 +69,7 @@ def per_example_grads(
 def grad_norms(
     loss: Callable[Concatenate[P, X], ArrayLike], wrt: Wrt = "**", *, chunk: int | None = None
 ) -> Callable[Concatenate[P, X], P]:
-    """Returns a function for the norm of each example's gradient, leaf by leaf.
+    """Returns a function that computes the norm of each example's gradient, leaf by leaf.
 
     Args:
         loss: see `per_example_grads`.
@@ -119,8 +119,7 @@ def _each_row(fun: Callable[..., Any], args: tuple, kwargs: dict, chunk: int | N
     count = common_rows(
         {flat.paths[i].partition("/")[2]: leaf.shape for i, leaf in rows.items()},
         "per example: the arrays in positional arguments",
-        "Pass the batch by position, f(params, batch), and what belongs to all examples by "
-        "keyword.",
+        "Pass the batch by position, f(params, batch), and what all examples share by keyword.",
     )
     keys = {i: leaf for i, leaf in enumerate(flat.leaves) if is_key(leaf) and leaf.ndim == 0}
     keys = {i: jax.random.split(key, count) for i, key in keys.items()}

@@ -1,13 +1,13 @@
 """The gradient of a value in the middle of a function.
 
-A tap is an equation that does nothing, and carries a name: it is lowered to nothing, so a loss
-that is full of taps computes what it did without. Where the gradients of the taps are asked
-for, the loss is traced, and run from its trace with one more input for each tap. This input is
-added to the tapped value *in the tangents only* (its own value is never read), so the forward
-pass stays the same bit for bit and the gradient in the input is the cotangent of the value.
+A tap is an equation that carries a name and does nothing: it lowers to nothing, so a loss full of
+taps computes what it does without them. When the gradients of the taps are requested, the loss is
+traced, and run from its trace with one more input for each tap. This input is added to the tapped
+value *in the tangents only* (its own value is never read), so the forward pass stays the same bit
+for bit, and the gradient in the input is the cotangent of the value.
 
-Flax's `perturb` asks for the same inputs by hand: a collection that is initialised, passed and
-differentiated. The trace has all that is needed to make them.
+Flax's `perturb` needs the same inputs by hand: a collection that the user initialises, passes and
+differentiates. Here the trace has all that is needed to make them.
 """
 
 import dataclasses
@@ -32,13 +32,13 @@ source_info_util.register_exclusion(__file__)  # the line of a tap is the user's
 
 
 class TapError(ValueError):
-    """A tap whose gradient can't be had: the message names it, and says why."""
+    """A tap whose gradient can't be computed: the message names it and says why."""
 
     __module__ = "jaxgrad"
 
 
 def tap(x: T, name: str) -> T:
-    """Names a value inside of a function, so that its gradient can be asked for.
+    """Names a value inside a function, so that its gradient can be requested.
 
     Args:
         x: an array, or a pytree of arrays.
@@ -75,14 +75,14 @@ def tap(x: T, name: str) -> T:
         whole = jax.tree.leaves(x)
         what = spec(whole[0]) if len(whole) == 1 else f"a tree of {len(whole)} leaves"
         raise TapError(
-            f"tap '{name}' is on {what}, no float, which has no gradient: tap what it is computed "
-            "into, or from."
+            f"tap '{name}' is on {what}, which is not a float and has no gradient: tap a float "
+            "that it is computed from, or that is computed from it."
         )
     return rebuild(tap_p.bind(*leaves, name=name, tree=tree, mapped=((),) * len(leaves)))
 
 
 def floats(tree: T) -> tuple[list[jax.Array], Any, Callable[[Sequence[Any]], T]]:
-    """The leaves that have gradients, the tree of their cotangents, and the way back."""
+    """The leaves that have gradients, the tree of their cotangents, and how to rebuild `tree`."""
     leaves, treedef = jax.tree.flatten(tree)
     found = [
         i
@@ -98,7 +98,7 @@ def floats(tree: T) -> tuple[list[jax.Array], Any, Callable[[Sequence[Any]], T]]
     return [jnp.asarray(leaves[i]) for i in found], jax.tree.structure(holes), rebuild
 
 
-# `mapped` has for each leaf the axes that `vmap` has given it, the outermost first.
+# `mapped` has for each leaf the axes that `vmap` has added to it, the outermost first.
 tap_p = jex.Primitive("jaxgrad_tap")
 tap_p.multiple_results = True
 
@@ -147,7 +147,7 @@ def value_and_grads_of_taps(fun: Callable[..., Any]) -> Callable[..., Any]:
         sites = _sites(closed)
         if not sites:
             raise TapError(
-                "taps=True, and the loss has no tap: name the values whose gradients are wanted, "
+                "taps=True, but the loss has no tap: name the values whose gradients you want, "
                 "h = jaxgrad.tap(h, 'hidden'), and use what it returns."
             )
 
@@ -170,10 +170,10 @@ class _Site:
     Attributes:
         source: the line.
         tree: the structure of the tapped value.
-        avals: of its leaves, one iteration of the loops around it.
+        avals: the types of its leaves, in one iteration of the loops around it.
         mapped: see `tap_p`.
         turns: the lengths of the scans around it, the outermost first.
-        again: whether it is in what a checkpoint computes again, for a gradient within `fun`.
+        again: whether it is in what a checkpoint recomputes, for a gradient within `fun`.
     """
 
     source: str
@@ -215,10 +215,11 @@ def _(primals: Values, tangents: Values) -> tuple[Any, Any]:
 
 
 _REASONS = {
-    "while": "has no gradient: take a scan, or a fori_loop whose number of turns is no array",
-    "custom_jvp_call": "has a derivative of its own, which does not pass through the tap: "
+    "while": "has no gradient: use a scan, or a fori_loop whose number of iterations is not an "
+    "array",
+    "custom_jvp_call": "has a custom derivative, which does not pass through the tap: "
     "tap what goes into the function, or what it returns",
-    "shard_map": "runs on each device by itself: tap what goes into it, or what it returns",
+    "shard_map": "runs on each device separately: tap what goes into it, or what it returns",
 }
 _REASONS["custom_vjp_call"] = _REASONS["custom_jvp_call"]
 
@@ -229,11 +230,11 @@ def _sites(program: jex.ClosedJaxpr) -> dict[str, _Site]:
     for eqn in program.jaxpr.eqns:
         for name, site in _sites_of(eqn).items():
             first = sites.setdefault(name, site)
-            # What is computed again is the same value, and takes part in the same cotangent.
+            # A recomputed value is the same value, and contributes to the same cotangent.
             if first is not site and not ((first.again or site.again) and first.like(site)):
                 raise TapError(
                     f"tap '{name}' occurs twice: at {first.source}, and at {site.source}. "
-                    f"Each needs a name of its own, as tap(h, f'{name}/{{i}}') in a Python loop."
+                    f"Each needs its own name, such as tap(h, f'{name}/{{i}}') in a Python loop."
                 )
     return sites
 
@@ -258,21 +259,21 @@ def _sites_of(eqn: jex.JaxprEqn) -> dict[str, _Site]:
         name = eqn.primitive.name
         raise TapError(
             f"tap {listed(map(repr, sites))} is in the {name} at {whence(eqn)[0]}, which "
-            f"{_REASONS.get(name, 'is no call that jaxgrad knows how to look into')}."
+            f"{_REASONS.get(name, 'is not a call that jaxgrad can look into')}."
         )
     return sites
 
 
 def _sites_of_branches(cond: Cond) -> dict[str, _Site]:
-    """One branch runs, so taps of one name are one tap."""
+    """Only one branch runs, so taps of the same name are one tap."""
     sites: dict[str, _Site] = {}
     for branch in cond.branches:
         for name, site in _sites(branch).items():
             other = sites.setdefault(name, site)
             if not other.like(site):
                 raise TapError(
-                    f"tap '{name}' is of another shape in each branch of a cond: {other}, and "
-                    f"{site}. Give each a name of its own."
+                    f"tap '{name}' differs between the branches of a cond: {other}, and {site}. "
+                    "Give each a name of its own."
                 )
     return sites
 

@@ -344,7 +344,11 @@ def test_microbatches_hold_gradients_of_the_selected_leaves_only():
     ("args", "parts", "text"),
     [
         ((jnp.ones(5),), 2, "microbatches=2 does not divide the 5 rows of argument '0'."),
-        ((), 2, "microbatches=2 and no positional argument to split. Pass the batch by position"),
+        (
+            (),
+            2,
+            "microbatches=2, but no positional argument can be split. Pass the batch by",
+        ),
     ],
 )
 def test_batches_that_do_not_split(args, parts, text):
@@ -357,7 +361,7 @@ def test_parts_of_arrays_that_differ_in_rows():
     batch = {"x": jnp.ones(4), "y": jnp.ones(3)}
     assert message(f, jnp.ones(2), batch, error=jg.RowsError) == (
         "microbatches: the arrays in positional arguments must have the same number of rows "
-        "(axis 0): '0/x' has 4 and '0/y' has 3. Pass what belongs to every part whole by keyword."
+        "(axis 0): '0/x' has 4 and '0/y' has 3. Pass what every part needs whole by keyword."
     )
 
 
@@ -365,7 +369,7 @@ def test_a_batch_by_keyword_is_not_repeated_in_silence():
     f = jg.grad(lambda p, batch, key=None: p * batch["x"].sum(), microbatches=2)
     for key in ({}, {"key": jax.random.key(0)}):
         text = message(f, jnp.ones(()), batch={"x": jnp.ones(4), "scale": 2.0}, **key)
-        assert "to split: 'batch/x' would go to each part whole. Pass the batch by" in text
+        assert "can be split: 'batch/x' would go to each part whole. Pass the batch by" in text
 
 
 def test_microbatches_of_draws_alone():
@@ -389,7 +393,7 @@ def test_microbatches_are_one_or_more():
             {"w": jnp.ones(2), "step": jnp.zeros((), jnp.int32)},
             "**",
             "wrt selects 'step', which is int32[] and has no gradient: only floating-point leaves "
-            "have. Exclude it: wrt=[..., '!step'].",
+            "do. Exclude it: wrt=[..., '!step'].",
         ),
         ({"w": jnp.ones(2), "on": True}, "on", "wrt selects 'on', which is bool[]"),
         (
@@ -409,7 +413,7 @@ def test_a_leaf_without_gradient_is_refused(params, wrt, text):
     ("out", "text"),
     [
         (lambda p: p, "the loss returns float32[2]; a gradient needs a real scalar. Reduce it"),
-        (lambda p: (p.sum(), 1), "the loss returns tuple, not a scalar. Where it returns (value,"),
+        (lambda p: (p.sum(), 1), "the loss returns tuple, not a scalar. If it returns (value,"),
         (lambda p: p.sum().astype(int), "the loss returns int32[]; a gradient needs a real"),
     ],
 )
@@ -444,7 +448,7 @@ def test_changes_to_a_module_are_not_lost_in_silence(call, changed):
     loss = lambda m, x: call(m, x).sum()
     text = message(jg.grad(loss, "norm/scale"), Noisy(nnx.Rngs(0)), jnp.ones((3, 2)))
     assert text.startswith(
-        f"the loss changes {changed} of the NNX module it is given. That is lost"
+        f"the loss changes {changed} of the NNX module it is passed. The change is lost"
     )
 
 
@@ -509,22 +513,22 @@ def test_pytrees_of_values():
         (
             lambda p: p,
             jnp.ones(3),
-            "gradient is float32[3] where the value is float32[2]; a cotangent has the shape and",
+            "gradient is float32[3], but the value is float32[2]; a cotangent has the shape and",
         ),
         (
             lambda p: p,
             jnp.ones(2, jnp.bfloat16),
-            "gradient is bfloat16[2] where the value is float32[2]; a cotangent has the shape and "
+            "gradient is bfloat16[2], but the value is float32[2]; a cotangent has the shape and "
             "dtype of the value. Use jnp.broadcast_to or .astype('float32').",
         ),
-        (lambda p: p, 1.0, "gradient is float32[] where the value is float32[2]"),
+        (lambda p: p, 1.0, "gradient is float32[], but the value is float32[2]"),
         (
             lambda p: p.sum().astype(complex),
             None,
             "the value is complex64[], not a real scalar, so backward",
         ),
-        (lambda p: p.astype(int), None, "fun returns int32[2], which has no gradient: only"),
-        (lambda p: None, None, "fun returns no array, which has no gradient"),
+        (lambda p: p.astype(int), None, "fun returns int32[2]: only floating-point values"),
+        (lambda p: None, None, "fun returns no array: only floating-point values"),
         (
             lambda p: {"a": p.astype(int), "b": p},
             {"a": jnp.ones(2), "b": jnp.ones(2)},
@@ -533,7 +537,7 @@ def test_pytrees_of_values():
         (
             lambda p: {"a": p},
             jnp.ones(2),
-            "the value of fun has 1 leaf that gradient has not: 'a'.",
+            "the value of fun has 1 leaf that gradient lacks: 'a'.",
         ),
     ],
 )

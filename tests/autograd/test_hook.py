@@ -125,8 +125,8 @@ def test_what_is_no_cotangent_is_refused_where_it_is_written():
         "its shape and dtype. Use jnp.broadcast_to or .astype(g.dtype)."
     )
     assert message(lambda: jg.hook({"a": X}, lambda g: g["a"])) == (
-        "the hook is given a cotangent of structure PyTreeDef({'a': *}) and returns "
-        "PyTreeDef(*). Return the same structure, or None to let the cotangent pass."
+        "the hook receives a cotangent of structure PyTreeDef({'a': *}) but returns "
+        "PyTreeDef(*). Return the same structure, or None to pass the cotangent on."
     )
 
 

@@ -78,9 +78,7 @@ def test_keys_are_split_and_keywords_are_whole():
 def test_a_batch_without_rows_or_with_several_counts():
     loss = lambda p, *a, **k: p
     text = "per example: the arrays in positional arguments must have the same number of rows "
-    fix = (
-        "Pass the batch by position, f(params, batch), and what belongs to all examples by keyword."
-    )
+    fix = "Pass the batch by position, f(params, batch), and what all examples share by keyword."
     assert message(jg.per_example_grads(loss), 1.0, x=jnp.ones(3)) == (
         f"{text}(axis 0): there are none. {fix}"
     )

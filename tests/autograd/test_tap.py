@@ -273,7 +273,7 @@ def test_a_name_that_occurs_twice():
     text = message(jg.grad(loss, taps=True), 2.0, X)
     assert re.fullmatch(
         rf"tap 'x' occurs twice: at .*test_tap.py:{line}.*, and at .*test_tap.py:{line}.*\. "
-        r"Each needs a name of its own, as tap\(h, f'x/\{i\}'\) in a Python loop\.",
+        r"Each needs its own name, such as tap\(h, f'x/\{i\}'\) in a Python loop\.",
         text,
     )
 
@@ -285,24 +285,24 @@ def test_what_can_not_be_tapped_says_why():
         return jax.lax.while_loop(lambda x: x < 3, lambda x: jg.tap(x * 2, "x"), p)
 
     assert re.fullmatch(
-        r"tap 'x' is in the while at .*test_tap.py.*, which has no gradient: take a scan, or a "
-        r"fori_loop whose number of turns is no array\.",
+        r"tap 'x' is in the while at .*test_tap.py.*, which has no gradient: use a scan, or a "
+        r"fori_loop whose number of iterations is not an array\.",
         message(grad, 1.0, in_while),
     )
     custom = jax.custom_jvp(lambda x: jg.tap(x * 2, "x"))
     custom.defjvp(lambda p, t: (custom(*p), t[0]))
     assert re.fullmatch(
-        r"tap 'x' is in the custom_jvp_call at .*, which has a derivative of its own, which does "
+        r"tap 'x' is in the custom_jvp_call at .*, which has a custom derivative, which does "
         r"not pass through the tap: tap what goes into the function, or what it returns\.",
         message(grad, 1.0, custom),
     )
     assert message(grad, 1.0, lambda p: p * 2) == (
-        "taps=True, and the loss has no tap: name the values whose gradients are wanted, "
+        "taps=True, but the loss has no tap: name the values whose gradients you want, "
         "h = jaxgrad.tap(h, 'hidden'), and use what it returns."
     )
     assert message(jg.tap, jnp.arange(3), "n") == (
-        "tap 'n' is on int32[3], no float, which has no gradient: tap what it is computed into, "
-        "or from."
+        "tap 'n' is on int32[3], which is not a float and has no gradient: tap a float that "
+        "it is computed from, or that is computed from it."
     )
 
     def branches(p):
@@ -310,7 +310,7 @@ def test_what_can_not_be_tapped_says_why():
         return jax.lax.cond(p > 0, one, lambda p: jg.tap(jnp.ones(2), "x").sum(), p)
 
     assert re.fullmatch(
-        r"tap 'x' is of another shape in each branch of a cond: float32\[2\] at .*, and "
+        r"tap 'x' differs between the branches of a cond: float32\[2\] at .*, and "
         r"float32\[\] at .*\. Give each a name of its own\.",
         message(grad, 1.0, branches),
     )
