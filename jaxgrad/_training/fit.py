@@ -187,7 +187,7 @@ def _wrt_of(tx: optax.GradientTransformation, params: Params) -> Wrt:
         return tx.assign(params).wrt
     if holds_groups(jax.eval_shape(tx.init, params)):
         raise SelectionError(
-            "tx has param_groups inside of another transformation, which would see the gradients "
+            "tx has param_groups inside another transformation, which would read the gradients "
             "of what the groups freeze. Pass what they train: "
             "fit(..., wrt=groups.assign(params).wrt)."
         )

@@ -60,9 +60,9 @@ class Log:
 def non_finite(call: Call, bad: int, values: np.ndarray, log: Log) -> str:
     rows = call.batches[bad]
     shown = ", ".join(map(str, rows[:6])) + ", ..." * (len(rows) > 6)
-    what = "the loss is" if not np.isfinite(values[bad]) else "the gradient is not finite, the loss"
+    what = "the loss is" if not np.isfinite(values[bad]) else "a gradient is not finite, with loss"
     before = f" The loss before it was {log.losses[-1]:.6g}." if log.losses.size else ""
-    streak = f", after {log.in_a_row - 1} more that were skipped" if log.in_a_row > 1 else ""
+    streak = f", after skipping {log.in_a_row - 1} before it" if log.in_a_row > 1 else ""
     return (
         f"{what} {values[bad]} at step {log.step + log.in_a_row - 1} (epoch {call.epoch + 1}, rows "
         f"{shown} of the dataset){streak}.{before} Look at these rows, lower the learning rate, or "

@@ -107,5 +107,5 @@ def _takes_key(loss: Loss, key: jax.Array | None) -> bool:
         return False
     needed = parameter.default is inspect.Parameter.empty
     if needed and key is None:
-        raise ValueError("the loss takes a key, and fit was given none: fit(..., key=...).")
+        raise ValueError("the loss takes a key, but fit was passed none: fit(..., key=...).")
     return needed or parameter.default is None

@@ -89,12 +89,12 @@ def _staged(job: Job, params: Params, must_pay: bool) -> Plan | str:
         report = staged.report()
         gain, need = report.gain(job.rows, job.epochs), job.rows * report.nbytes
         if not report.staged:
-            return str(report.refusals[0][0]) if report.refusals else "no frozen part takes long"
+            return str(report.refusals[0][0]) if report.refusals else "the frozen part is too cheap"
         if must_pay and gain <= 1:
             passes = count(range(job.epochs), "epoch", verb=False)
-            return f"{passes} of {job.rows:,} rows would not gain by it"
+            return f"{passes} of {job.rows:,} rows would not pay for it"
         if place_for("auto", need, None) != "device" and not on_mesh:
-            return f"the features take {size(need)}, more than there is room for"
+            return f"the features take {size(need)}, more than fits in memory"
         where, chunk = "host" if on_mesh else "device", job.place.rows(rows_of(batch))
         features = staged.prepare(job.dataset, where, progress=job.progress, sharding=chunk)
     except StageError as e:

@@ -56,8 +56,8 @@ def refuse_other_settings(saved: Saved, settings: Settings, where: str) -> None:
     for name, now in dataclasses.asdict(settings).items():
         if (then := getattr(saved.record.settings, name)) != now:
             raise CheckpointError(
-                f"the run in '{where}' has {name} {then}, and this call {now}: its next step would "
-                "take other rows. Call fit as the run was called, or start a new one."
+                f"the run in '{where}' has {name} {then}, but this call {now}: its next step would "
+                "take other rows. Call fit with the run's arguments, or start a new run."
             )
 
 
@@ -67,7 +67,7 @@ def position_of(saved: Saved, where: str) -> Position:
     if len(positions) != jax.process_count() and positions[0] != Position():
         raise CheckpointError(
             f"the run in '{where}' read a stream in {len(positions)} processes, each its own part, "
-            f"and now there are {jax.process_count()}. Resume with as many."
+            f"but now there are {jax.process_count()}. Resume with the same number."
         )
     return positions[min(jax.process_index(), len(positions) - 1)]
 
@@ -82,7 +82,7 @@ def _line(saved: Saved, trainable: PyTree, needed: Sized, kept: dict[str, str]) 
     dropped = len(saved.opt_state.keys() - set(kept.values()))
     if now != then or added or dropped:
         arrays = count([*kept], "array", verb=False)
-        line += f"; of the optimizer's state {arrays} kept, {added} added, {dropped} dropped"
+        line += f"; optimizer state: {arrays} kept, {added} added, {dropped} dropped"
     return line
 
 

@@ -66,8 +66,8 @@ def _calls(
         source = iter(job.dataset)
         if resumable and not hasattr(source, "get_state"):
             raise ValueError(
-                f"the iterator of a {type(job.dataset).__name__} can't say how far it has come, so "
-                "that the run could not be resumed. Use one with get_state and set_state, as "
+                f"the iterator of a {type(job.dataset).__name__} can't report its position, so "
+                "the run could not be resumed. Use one with get_state and set_state, as "
                 "Grain's have, or fit without a checkpoint."
             )
         if position.state is not None:
@@ -91,8 +91,8 @@ def _calls(
                 batches, positions = [], []
         if position.epoch == epoch:
             raise ValueError(
-                f"the {type(job.dataset).__name__} gives no batch in epoch {epoch + 1}. What is "
-                "used up by one pass lasts one epoch: pass what can be iterated over again."
+                f"the {type(job.dataset).__name__} yields no batch in epoch {epoch + 1}. An "
+                "iterator lasts one pass: pass an iterable that can be iterated over again."
             )
 
 

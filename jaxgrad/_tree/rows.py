@@ -53,7 +53,7 @@ def common_rows(shapes: Mapping[str, Sequence[int]], what: str, fix: str = "") -
     match [*lengths]:
         case [int(rows)]:
             return rows
-    found = " and ".join(map(_found, lengths.values(), lengths)) or "there are none"
+    found = " and ".join(map(_found, lengths.values(), lengths)) or "there are no arrays"
     text = f"{what} must have the same number of rows (axis 0): {found}."
     raise RowsError(f"{text} {fix}" if fix else text)
 

@@ -80,7 +80,7 @@ def test_a_batch_without_rows_or_with_several_counts():
     text = "per example: the arrays in positional arguments must have the same number of rows "
     fix = "Pass the batch by position, f(params, batch), and what all examples share by keyword."
     assert message(jg.per_example_grads(loss), 1.0, x=jnp.ones(3)) == (
-        f"{text}(axis 0): there are none. {fix}"
+        f"{text}(axis 0): there are no arrays. {fix}"
     )
     assert message(jg.grad_norms(loss), 1.0, {"x": jnp.ones((3, 2))}, jnp.ones(4)) == (
         f"{text}(axis 0): '0/x' has 3 and '1' has 4. {fix}"

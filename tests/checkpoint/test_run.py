@@ -196,8 +196,8 @@ def test_other_patterns_keep_the_state_that_survives(tmp_path):
     )
     second = run(tmp_path / "run", tx=more, epochs=2, resume=True)
     assert second.resumed == (
-        "resumed at step 5; newly trained: 'layers/1/bias', 'layers/1/kernel'; of the optimizer's "
-        "state 4 arrays kept, 3 added, 1 dropped"
+        "resumed at step 5; newly trained: 'layers/1/bias', 'layers/1/kernel'; optimizer "
+        "state: 4 arrays kept, 3 added, 1 dropped"
     )
     assert bits(second.params["layers"][0]) == bits(first.params["layers"][0])
     assert bits(second.params["layers"][1]) != bits(first.params["layers"][1])
@@ -249,7 +249,7 @@ def test_directories_that_are_taken(tmp_path):
 
 def test_a_run_that_was_called_otherwise(tmp_path):
     run(tmp_path / "run", epochs=1)
-    text = "has batch_size 5, and this call 6: its next step would take other rows."
+    text = "has batch_size 5, but this call 6: its next step would take other rows."
     refused(text, tmp_path / "run", batch_size=6, resume=True)
     refused("has key", tmp_path / "run", key=jax.random.key(1), resume=True)
     _, _, dataset = make()

@@ -114,7 +114,7 @@ def test_a_loss_with_a_key_gets_a_new_one_each_step():
     state = run(KEY)
     assert len(set(state.losses.tolist())) == 6
     np.testing.assert_array_equal(state.losses, run(KEY).losses)
-    with pytest.raises(ValueError, match=r"the loss takes a key, and fit was given none"):
+    with pytest.raises(ValueError, match=r"the loss takes a key, but fit was passed none"):
         run(None)
 
 
@@ -255,7 +255,9 @@ def test_steps_that_are_not_finite_are_skipped_within_a_bound():
         good = run(jnp.concatenate([x[:2], x[6:10]]), 0)
         np.testing.assert_array_equal(state.params["w"], good.params["w"])
         np.testing.assert_array_equal(state.losses[np.isfinite(state.losses)], good.losses)
-        with pytest.raises(jg.NonFiniteLossError, match=r"at step 2 .*after 1 more that") as info:
+        with pytest.raises(
+            jg.NonFiniteLossError, match=r"at step 2 .*after skipping 1 before"
+        ) as info:
             run(bad, 1, every)
         assert info.value.state.step == len(info.value.state.losses) == 1
         np.testing.assert_array_equal(info.value.state.params["w"], run(x[:2], 0).params["w"])
@@ -266,7 +268,7 @@ def test_steps_that_are_not_finite_are_skipped_within_a_bound():
 def test_a_gradient_that_is_not_finite_ends_a_run_before_it_moves_anything():
     loss = lambda p, batch: jnp.sqrt(p * batch["x"]).mean()
     with pytest.raises(
-        jg.NonFiniteLossError, match="the gradient is not finite, the loss 0"
+        jg.NonFiniteLossError, match="a gradient is not finite, with loss 0"
     ) as info:
         jg.fit(loss, jnp.array(1.0), {"x": jnp.zeros(4)}, optax.sgd(0.1))
     assert info.value.state.params == 1.0
@@ -287,7 +289,7 @@ def test_a_gradient_that_is_not_finite_ends_a_run_before_it_moves_anything():
                     optax.clip_by_global_norm(1.0), jg.param_groups({"head/**": optax.sgd(0.1)})
                 )
             },
-            "tx has param_groups inside of another transformation, which would see the gradients "
+            "tx has param_groups inside another transformation, which would read the gradients "
             "of what the groups freeze. Pass what they train: fit(..., wrt=groups.assign(",
         ),
         (
@@ -296,7 +298,7 @@ def test_a_gradient_that_is_not_finite_ends_a_run_before_it_moves_anything():
             "'y' has 4.",
         ),
         ({"dataset": {"x": np.ones(0)}}, "the dataset has no rows: 'x' has shape [0]."),
-        ({"dataset": {}}, "the same number of rows (axis 0): there are none."),
+        ({"dataset": {}}, "the same number of rows (axis 0): there are no arrays."),
     ],
 )
 def test_wrong_arguments(change, text):

@@ -168,12 +168,12 @@ def test_anything_that_yields_batches():
 
 
 def test_what_is_used_up_lasts_one_epoch():
-    with pytest.raises(ValueError, match=r"the generator gives no batch in epoch 2\. What is used"):
+    with pytest.raises(ValueError, match=r"the generator yields no batch in epoch 2\. An iterator"):
         fit(b for b in dataset())
 
 
 def test_a_stream_without_a_state_is_not_saved(tmp_path):
-    with pytest.raises(ValueError, match="of a Once can't say how far it has come"):
+    with pytest.raises(ValueError, match="of a Once can't report its position"):
         fit(Once(list(dataset())), checkpoint=tmp_path / "run")
 
 

@@ -29,7 +29,7 @@ def test_no_rows_are_counted_and_are_no_dataset():
 @pytest.mark.parametrize(
     ("shapes", "found"),
     [
-        ({}, "there are none"),
+        ({}, "there are no arrays"),
         ({"a": (3,), "b": (4, 1), "c": (3, 2)}, "'a', 'c' have 3 and 'b' has 4"),
         ({"a": (3,), "b": ()}, "'a' has 3 and 'b' is a scalar"),
         ({"a": (), "b": ()}, "'a', 'b' are scalars"),
