@@ -152,10 +152,10 @@ def _read(frozen: Sequence[Row], coupled: Sequence[str]) -> Iterator[Leak]:
         yield from _leak(
             "norm",
             [r for r in frozen if r.share],
-            f"frozen, but {share:.1%} of the squared gradient norm, on which the steps of "
+            f"frozen, but makes up {share:.1%} of the squared gradient norm, on which the steps of "
             f"{listed([repr(p) for p in coupled], 3)} depend",
             "clipping by the global norm, or another norm over all leaves, includes frozen "
-            "gradients and scales the trained ones down for them",
+            "gradients, so the trained ones are scaled down too far",
             SPLIT,
         )
     yield from _leak(

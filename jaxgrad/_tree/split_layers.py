@@ -4,7 +4,7 @@ Under `lax.scan` (or `nn.scan`, `nnx.scan`) all layers of a kind are one leaf, a
 selected or not. A mask within a leaf would require every function that takes a `wrt` to
 handle slices. Two leaves require nothing: the stack is split into `first` and `last`, which have
 paths like any others, and joined inside the loss. Staging sees the scan over the two, and runs it
-as two scans, of which the first is frozen.
+as two scans, the first one frozen.
 """
 
 from collections.abc import Callable

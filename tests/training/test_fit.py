@@ -403,7 +403,7 @@ def test_what_is_not_staged_is_said_why(eager_to_stage, monkeypatch):
     monkeypatch.setattr("jaxgrad._staging.precompute._free", lambda host: 100)
     assert "there is not enough memory" in jg.fit(loss, params, dataset, tx, epochs=4).staging
     monkeypatch.setattr("jaxgrad._staging.report._COMPILATION", 1e10)
-    assert "1 epoch of 22 rows would not gain" in jg.fit(loss, params, dataset, tx).staging
+    assert "1 epoch of 22 rows would not pay" in jg.fit(loss, params, dataset, tx).staging
 
 
 @pytest.mark.parametrize(
