@@ -98,7 +98,9 @@ class Saved(NamedTuple):
 
     params: dict[str, jax.Array]
     opt_state: dict[str, jax.Array]
+    stats: dict[str, jax.Array]
     losses: np.ndarray
+    metrics: dict[str, np.ndarray]
     record: StepRecord
 
 
@@ -202,7 +204,7 @@ class Run:
         """Saves a step in the background.
 
         Args:
-            state: `{"trained", "opt_state", "losses"}`.
+            state: `{"trained", "opt_state", "stats", "losses", "metrics"}`.
             record: what `fit` knows of the step.
             history: the history up to it.
 
@@ -288,7 +290,14 @@ class Run:
         params = under("trained", arrays)
         if frozen := _frozen_of(self.root, record):
             params = load_leaves(frozen, None, self.sharding_of) | params
-        return Saved(params, under("opt_state", arrays), np.asarray(arrays["losses"]), record)
+        return Saved(
+            params=params,
+            opt_state=under("opt_state", arrays),
+            stats=under("stats", arrays),
+            losses=np.asarray(arrays["losses"]),
+            metrics={name: np.asarray(x) for name, x in under("metrics", arrays).items()},
+            record=record,
+        )
 
 
 # Reading the parameters of a run like those that `save` wrote.

@@ -47,7 +47,7 @@ class OneDevice:
         return tx.init(trainable)
 
     def pinned(self, carry: PyTree) -> Any:
-        """The output shardings of the jitted steps: carry, losses and flags."""
+        """The output shardings of the jitted steps: of the carry, and of what they record."""
         return None
 
     def rows(self, count: int) -> NamedSharding | None:
@@ -132,11 +132,11 @@ class OnMesh:
         return jax.jit(tx.init, out_shardings=shardings)(trainable)
 
     def pinned(self, carry: PyTree) -> Any:
-        """The output shardings of the jitted steps: carry, losses and flags.
+        """The output shardings of the jitted steps: of the carry, and of what they record.
 
         XLA might choose others, and the next call would compile again.
         """
-        return jax.tree.map(lambda x: x.sharding, carry), self.everywhere, self.everywhere
+        return jax.tree.map(lambda x: x.sharding, carry), self.everywhere
 
     def rows(self, count: int) -> NamedSharding:
         """The sharding of this many rows: split, or replicated if they don't divide."""

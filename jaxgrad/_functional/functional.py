@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from jaxgrad._functional.statistics import marked
 from jaxgrad._text import listed
 from jaxgrad._tree.flat import Flat, PyTree, check_same_structure, flatten, is_hole, is_key
 from jaxgrad._tree.selection import SelectionError
@@ -134,6 +135,7 @@ class _NnxApply:
     training: Any
     templates: tuple[Flat, Flat, Flat]  # parameters, random state, statistics
     split: Callable[[Any], tuple[Any, Any, Any, Any]]
+    is_frozen: Callable[[str], bool]
 
     def __call__(
         self, params: PyTree, *args: object, stats: PyTree = None, **kwargs: object
@@ -154,7 +156,11 @@ class _NnxApply:
         _, _, random, new_stats = self.split(model)
         if key is None:
             _refuse_draws(before, flatten(random))
-        return out, _pure(new_stats)
+        given = flatten(self.stats if stats is None else stats)
+        return out, marked(given, _pure(new_stats), self._moves)
+
+    def _moves(self, path: str) -> bool:
+        return not self.is_frozen("/".join(path.split("/")[:-1]))
 
     def _build(
         self, graph: "nnx.GraphDef", params: PyTree, stats: PyTree, key: jax.Array | None
@@ -193,7 +199,7 @@ def _functional_nnx(model: "nnx.Module", wrt: Wrt) -> tuple[_NnxApply, PyTree]:
                 if hasattr(layer, mode):
                     setattr(layer, mode, True)
     templates = (flatten(params_state), flatten(random), flatten(stats))
-    return _NnxApply(_pure(stats), graph, split(training)[0], templates, split), params
+    return _NnxApply(_pure(stats), graph, split(training)[0], templates, split, is_frozen), params
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # by identity, so that jax.jit(apply) works
@@ -226,11 +232,16 @@ class _LinenApply:
         variables = self._variables(params, stats)
         try:
             with linen.intercept_methods(_in_modes(self.is_frozen)):
-                return self.model.apply(
+                out, new_stats = self.model.apply(
                     variables, *args, rngs=key, mutable=list(self.stats), **kwargs
                 )
         except errors.InvalidRngError as e:
             raise ValueError(_no_key(str(e).split(" (http")[0])) from e
+        given = flatten({name: variables[name] for name in self.stats})
+        return out, marked(given, new_stats, self._moves)
+
+    def _moves(self, path: str) -> bool:
+        return not self.is_frozen("/".join(path.split("/")[1:-1]))  # without the collection
 
     def _variables(self, params: PyTree, stats: PyTree) -> dict[str, PyTree]:
         flat = flatten(params)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxgrad._optim.apply_updates import UpdateError
+from jaxgrad._optim.extra_args import with_extra_args
 from jaxgrad._text import count, listed, nbytes, numel, size, spec
 from jaxgrad._tree.flat import (
     Flat,
@@ -32,6 +33,7 @@ from jaxgrad._tree.flat import (
     is_hole,
     paths,
 )
+from jaxgrad._tree.merge import merge
 from jaxgrad._tree.select import refuse_tied
 from jaxgrad._tree.selection import Selection, SelectionError
 from jaxgrad._tree.wrt import Wrt, match
@@ -89,7 +91,7 @@ class ParamGroups(optax.GradientTransformationExtraArgs):
     def __new__(cls, groups: Groups) -> "ParamGroups":
         """Makes the transformation; see `param_groups`."""
         pairs = groups.items() if isinstance(groups, Mapping) else groups
-        resolved = tuple((wrt, optax.with_extra_args_support(tx)) for wrt, tx in pairs)
+        resolved = tuple((wrt, with_extra_args(tx)) for wrt, tx in pairs)
         if not resolved:
             raise SelectionError(
                 "param_groups needs at least one group: without one, everything would be frozen."
@@ -161,7 +163,8 @@ def param_groups(groups: Groups) -> ParamGroups:
         parameters, or all of them; `update` takes gradients with holes (`jaxgrad.grad`), or for
         all leaves (`jax.grad`), and returns updates of the same structure. A frozen leaf has no
         state and no share in a norm, and stays bit-identical: its update is a hole if its
-        gradient is one, and negative zero otherwise. Extra arguments go to every group.
+        gradient is one, and negative zero otherwise. Extra arguments go to every group; of those
+        that Optax names, `grad` holds the group's leaves and `value_fn` is a function of them.
         `.assign(params)` lists which group takes what.
 
         To clip by the norm over several groups, nest: `param_groups({"!trunk/**":
@@ -219,7 +222,8 @@ def _update(
         part = None if params is None else _part(known, owners, i)
         if part is not None:
             _refuse_holes(known, owners, i)
-        new, group_state = _call(tx, _part(given, owners, i), group_state, part, extra)
+        own = _extra_of(extra, known, owners, i)
+        new, group_state = _call(tx, _part(given, owners, i), group_state, part, own)
         states.append(group_state)
         leaves = [
             n if o == i else u for n, o, u in zip(flatten(new).leaves, owners, leaves, strict=True)
@@ -244,6 +248,19 @@ def _call(
         # Other tree maps in Optax read a hole as a leaf, and silently drop that leaf's momentum.
         _refuse_other_leaves(tx, updates if params is None else params, state, None)
     return new, after
+
+
+def _extra_of(
+    extra: dict[str, Any], params: Flat, owners: list[int | None], group: int
+) -> dict[str, Any]:
+    """The extra arguments of a group: what is about all leaves, for its own."""
+    own = dict(extra)
+    if "grad" in extra:
+        own["grad"] = _part(flatten(extra["grad"]), owners, group)
+    if "value_fn" in extra:
+        _, others = halves(params, [owner == group for owner in owners])
+        own["value_fn"] = lambda part: extra["value_fn"](merge(part, others))
+    return own
 
 
 def _refuse_other_leaves(

@@ -27,6 +27,7 @@ from jaxgrad._optim.param_groups import ParamGroups, holds_groups
 from jaxgrad._training.job import Job, Stage
 from jaxgrad._training.session import Session
 from jaxgrad._training.state import Callback, StopTraining, TrainState
+from jaxgrad._tree.flat import PyTree
 from jaxgrad._tree.selection import SelectionError
 from jaxgrad._tree.types import Batch, Loss, Params
 from jaxgrad._tree.wrt import Wrt
@@ -42,6 +43,8 @@ def fit(
     epochs: int = 1,
     batch_size: int = 256,
     key: jax.Array | None = None,
+    stats: PyTree = None,
+    has_aux: bool = False,
     stage: Stage = "auto",
     callbacks: Sequence[Callback] = (),
     callback_every: int | None = None,
@@ -56,8 +59,10 @@ def fit(
 
     Args:
         loss: `loss(params, batch)`, pure, to a real scalar, a mean over the rows of the batch. If
-            it has an argument `key`, each step passes it a PRNG key of its own; a `key` that has a
-            default other than `None` keeps it, and so does one that is `None` if `fit` has no key.
+            it has an argument `key`, each step passes it a PRNG key of its own; if it has an
+            argument `stats`, each step passes it the statistics, and it returns `(value,
+            new_stats)`. Either argument keeps a default other than `None`, and keeps `None` if
+            `fit` was given nothing for it.
         params: any pytree; it is not changed.
         dataset: a pytree of arrays with the rows along axis 0. It is put on the device at once;
             with a `mesh`, even of one device, rows are read as they are needed, and the dataset
@@ -65,7 +70,8 @@ def fit(
             as Grain's datasets and loaders: it decides which rows a step has and in which order,
             an epoch is one pass over it, and each of several processes reads its own rows, the
             same number as the others.
-        tx: any Optax transformation.
+        tx: any Optax transformation. One that takes extra arguments is passed `value`, `grad` and
+            `value_fn`, the loss of this batch as a function of what is trained.
         wrt: what to train; see `select`. By default the groups of `tx` if `param_groups` made it,
             else everything. If `param_groups` is inside another transformation, pass
             `wrt=groups.assign(params).wrt`.
@@ -74,6 +80,10 @@ def fit(
             and is compiled once.
         key: a typed PRNG key that shuffles the rows, differently in each epoch. Without one, rows
             are taken in order.
+        stats: the statistics of the model at the start, as `apply.stats` of `functional`.
+        has_aux: whether the loss returns metrics too, `(value, metrics)`, or with `stats`
+            `(value, (new_stats, metrics))`: a dict of scalars. The history has the mean of each
+            over the steps of a chunk.
         stage: whether to compute the frozen part of the loss once per row instead of once per step.
             "auto" does so if it is predicted to pay within these epochs and the features fit in
             memory; `True` does so, or raises `StageError` with the reason it can't; `False` does
@@ -109,11 +119,12 @@ def fit(
         SelectionError: see `select` and `param_groups`; or `tx` has `param_groups` inside, and
             there is no `wrt`.
         StageError: `stage=True`, and the loss can't be staged.
-        GradientError: see `value_and_grad`.
+        GradientError: see `value_and_grad`; or the loss returns something else than `stats` and
+            `has_aux` ask for, or trains a layer whose new statistics it drops.
         RowsError: the arrays of the dataset differ in their rows, or there are none.
-        ValueError: a number is out of range; the loss needs a key and there is none; `sharding` or
-            `batch_size` does not fit the mesh; or there is a `checkpoint` and an iterator that
-            can't report its position.
+        ValueError: a number is out of range; the loss needs a key or statistics and there are
+            none, or there are statistics and it takes none; `sharding` or `batch_size` does not
+            fit the mesh; or there is a `checkpoint` and an iterator that can't report its position.
 
     Example:
         >>> import jax.numpy as jnp, optax, jaxgrad as jg
@@ -137,6 +148,8 @@ def fit(
         epochs=epochs,
         batch_size=batch_size,
         key=key,
+        stats=stats,
+        has_aux=has_aux,
         stage=stage,
         callback_every=callback_every,
         max_nonfinite_steps=max_nonfinite_steps,

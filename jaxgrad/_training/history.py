@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxgrad._checkpoint.record import Position
 from jaxgrad._training.calls import Call
+from jaxgrad._training.steps import Taken
 
 
 @dataclasses.dataclass
@@ -16,14 +17,19 @@ class Log:
     losses: np.ndarray
     history: list[dict[str, float]]
     position: Position  # in a stream
+    metrics: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # of finite steps
     rows: int = 0
     seconds: float = 0.0
     skipped: int = 0
     in_a_row: int = 0
 
-    def add(self, call: Call, values: np.ndarray, finite: np.ndarray, skip: int) -> int | None:
+    def add(self, call: Call, taken: Taken, skip: int) -> int | None:
         """Adds a call; returns its first step beyond `skip` consecutive non-finite ones, if any."""
-        for i, good in enumerate(finite[: call.steps]):
+        values, finite = taken.losses, taken.finite[: call.steps]
+        for name, of_steps in taken.metrics.items():
+            before = self.metrics.get(name, of_steps[:0])
+            self.metrics[name] = np.concatenate([before, of_steps[: call.steps][finite]])
+        for i, good in enumerate(finite):
             self.in_a_row = 0 if good else self.in_a_row + 1
             self.skipped += not good
             if self.in_a_row > skip:
@@ -53,7 +59,10 @@ class Log:
         record |= {"rows_per_s": self.rows / self.seconds}
         if self.skipped:
             record |= {"skipped": self.skipped}
+        for name, values in self.metrics.items():
+            record[name] = float(values.mean(dtype=np.float64)) if values.size else np.nan
         self.history.append(record)
+        self.metrics = {}
         self.rows, self.seconds, self.skipped = 0, 0.0, 0
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias
 
@@ -12,7 +11,8 @@ import optax
 
 from jaxgrad._checkpoint.record import Settings
 from jaxgrad._devices.placement import Placement
-from jaxgrad._tree.flat import is_array
+from jaxgrad._training.objective import Objective, takes
+from jaxgrad._tree.flat import PyTree, is_array
 from jaxgrad._tree.rows import rows_of
 from jaxgrad._tree.selection import Selection
 from jaxgrad._tree.types import Batch, Loss
@@ -37,6 +37,8 @@ class Job:
     epochs: int
     batch_size: int
     key: jax.Array | None
+    stats: PyTree
+    has_aux: bool
     stage: Stage
     callback_every: int | None
     max_nonfinite_steps: int
@@ -56,7 +58,7 @@ class Job:
             raise ValueError(f"stage={self.stage!r}; it must be 'auto', True, or False.")
         if not self.streams:
             self.place.check_batch(self.batch_size)
-        _ = self.rows, self.extra  # for their errors
+        _ = self.rows, self.given  # for their errors
 
     @functools.cached_property
     def streams(self) -> bool:
@@ -69,10 +71,24 @@ class Job:
         return 0 if self.streams else rows_of(self.dataset)
 
     @functools.cached_property
-    def extra(self) -> dict[str, jax.Array]:
-        """What the loss takes by keyword: the key of the run, if it takes one."""
-        takes_key = _takes_key(self.loss, self.key)
-        return {} if self.key is None or not takes_key else {"key": self.place.put(self.key)}
+    def objective(self) -> Objective:
+        """The loss in the form that the steps call."""
+        return Objective(self.loss, "stats" in self.given, self.has_aux)
+
+    @functools.cached_property
+    def given(self) -> dict[str, PyTree]:
+        """What the loss takes by keyword at the start: the key of the run, and statistics."""
+        given = {}
+        if takes(self.loss, "key", self.key, "key=jax.random.key(0)"):
+            given["key"] = self.place.put(self.key)
+        if takes(self.loss, "stats", self.stats, "stats=apply.stats"):
+            given["stats"] = self.place.put(self.stats)
+        elif self.stats is not None:
+            raise ValueError(
+                "fit was passed stats, but the loss takes none: write it as "
+                "`def loss(params, batch, stats)`, returning `value, new_stats`."
+            )
+        return given
 
     @property
     def settings(self) -> Settings:
@@ -99,13 +115,3 @@ def is_stream(dataset: object) -> bool:
     """Whether a dataset is an iterable of batches and not a tree of arrays."""
     is_leaf = jax.tree_util.default_registry.flatten_one_level(dataset) is None
     return is_leaf and not is_array(dataset) and isinstance(dataset, Iterable)
-
-
-def _takes_key(loss: Loss, key: jax.Array | None) -> bool:
-    parameter = inspect.signature(loss).parameters.get("key")
-    if parameter is None:
-        return False
-    needed = parameter.default is inspect.Parameter.empty
-    if needed and key is None:
-        raise ValueError("the loss takes a key, but fit was passed none: fit(..., key=...).")
-    return needed or parameter.default is None

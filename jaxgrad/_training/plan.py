@@ -1,40 +1,40 @@
 """Whether a run is staged, decided once, and all that its steps need to know."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
-from jaxgrad._autograd.grad import value_and_grad
-from jaxgrad._autograd.loss import checked
 from jaxgrad._devices.placement import OnMesh
 from jaxgrad._staging.precompute import place_for
 from jaxgrad._staging.stage import Staged, StageError
 from jaxgrad._staging.stage import stage as stage_loss
 from jaxgrad._text import count, size
 from jaxgrad._training.job import Job
+from jaxgrad._training.objective import Aux, moving
 from jaxgrad._tree.flat import PyTree, flatten, halves, is_array
 from jaxgrad._tree.merge import merge
 from jaxgrad._tree.rows import rows_of
-from jaxgrad._tree.types import Batch, Grads, Params
+from jaxgrad._tree.types import Batch, Params
 
 
 class Plan(NamedTuple):
-    """How a step gets its loss and gradients: `objective(trainable, held, batch, **extra)`."""
+    """How a step gets its loss: `objective(trainable, held, batch, **given) -> (value, Aux)`."""
 
-    objective: Callable[..., tuple[jax.Array, Grads]]
+    objective: Callable[..., tuple[jax.Array, Aux]]
     held: PyTree  # what the objective needs besides the trainable half
     data: Batch  # whose batches it takes
     line: str
     staged: bool = False
 
 
-def make_plan(job: Job, params: Params, was_staged: bool | None) -> Plan:
+def make_plan(job: Job, params: Params, stats: PyTree, was_staged: bool | None) -> Plan:
     """The plan of a training.
 
     Args:
         job: the call of `fit`.
         params: all parameters, in their places.
+        stats: the statistics, in their places; None if the loss takes none.
         was_staged: whether the run that is resumed was staged; None leaves that open.
 
     Raises:
@@ -49,7 +49,8 @@ def make_plan(job: Job, params: Params, was_staged: bool | None) -> Plan:
             return unstaged
         why = "the dataset is a stream" if job.streams else "no parameter is frozen"
     else:
-        plan = _staged(job, params, must_pay=job.stage == "auto" and was_staged is None)
+        must_pay = job.stage == "auto" and was_staged is None
+        plan = _staged(job, params, stats, must_pay)
         if isinstance(plan, Plan):
             return plan
         why = plan
@@ -63,29 +64,39 @@ def make_plan(job: Job, params: Params, was_staged: bool | None) -> Plan:
 def _unstaged(job: Job, params: Params) -> Plan:
     flat = flatten(job.selection.split(params)[1])
     frozen, static = halves(flat, [is_array(leaf) for leaf in flat.leaves])
-    differentiate = value_and_grad(job.loss, wrt=job.selection)
 
-    def objective(trainable: PyTree, frozen: PyTree, batch: PyTree, **extra: Any) -> Any:
-        return differentiate(merge(trainable, frozen, static), batch, **extra)
+    def objective(trainable: PyTree, frozen: PyTree, batch: Batch, **given: Any) -> Any:
+        return job.objective(merge(trainable, frozen, static), batch, **given)
 
     return Plan(objective, frozen, job.dataset, "nothing is staged")
 
 
-def _staged(job: Job, params: Params, must_pay: bool) -> Plan | str:
+def _staged(job: Job, params: Params, stats: PyTree, must_pay: bool) -> Plan | str:
     """The plan with the frozen part run once, or why there is none."""
-    names = [*job.extra]
+    given = {**job.given, "stats": stats} if "stats" in job.given else job.given
+    batch = job.batch()
+    # The statistics of layers in inference mode never move: as constants they block no staging.
+    moves = moving(job.objective, params, batch, given)
+    _, still = moves.split(given.get("stats"))
 
-    def positional(params: PyTree, batch: PyTree, *vary: Any) -> Any:
-        return checked(job.loss)(params, batch, **dict(zip(names, vary, strict=True)))
+    def vary(given: Mapping[str, Any]) -> list[Any]:
+        return [moves.split(given[n])[0] if n == "stats" else given[n] for n in job.given]
 
-    def objective(trainable: PyTree, staged: Staged, features: PyTree, **extra: Any) -> Any:
-        of_trainable = value_and_grad(lambda t: staged.loss(t, features, *extra.values()))
-        return of_trainable(trainable)
+    def positional(params: Params, batch: Batch, *vary: Any) -> Any:
+        named = dict(zip(job.given, vary, strict=True))
+        if "stats" in named:
+            named["stats"] = moves.merge(named["stats"], still)
+        value, aux = job.objective(params, batch, **named)
+        return value, aux._replace(stats=moves.split(aux.stats)[0])
 
-    batch, vary = job.batch(), tuple(job.extra.values())
+    def objective(trainable: PyTree, staged: Staged, features: PyTree, **given: Any) -> Any:
+        value, aux = staged.loss(trainable, features, *vary(given))
+        return value, aux._replace(stats=moves.merge(aux.stats, still))
+
+    batch = job.batch()
     on_mesh = isinstance(job.place, OnMesh)  # rows come from the host there
     try:
-        staged = stage_loss(positional, params, batch, job.selection, vary=vary)
+        staged = stage_loss(positional, params, batch, job.selection, vary=vary(given))
         report = staged.report()
         gain, need = report.gain(job.rows, job.epochs), job.rows * report.nbytes
         if not report.staged:

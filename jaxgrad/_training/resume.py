@@ -51,6 +51,18 @@ def restore_opt_state(saved: Saved, fresh: PyTree, trainable: PyTree) -> tuple[P
     return state, _line(saved, trainable, needed, kept)
 
 
+def restore_stats(saved: Saved, stats: PyTree, where: str) -> PyTree:
+    """The statistics with their saved values; those given if the run had none."""
+    if not saved.stats or stats is None:
+        return stats
+    flat = flatten(stats)
+    wanted = {p: x for p, x in zip(flat.paths, flat.leaves, strict=True) if is_array(x)}
+    check_fit(Path(where), saved.stats, wanted)
+    return flat.treedef.unflatten(
+        [saved.stats.get(p, x) for p, x in zip(flat.paths, flat.leaves, strict=True)]
+    )
+
+
 def refuse_other_settings(saved: Saved, settings: Settings, where: str) -> None:
     """Raises if the steps to come would not be those of the run."""
     for name, now in dataclasses.asdict(settings).items():

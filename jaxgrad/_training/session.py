@@ -25,9 +25,10 @@ from jaxgrad._training.resume import (
     refuse_other_settings,
     restore_opt_state,
     restore_params,
+    restore_stats,
 )
 from jaxgrad._training.state import Callback, NonFiniteLossError, TrainState
-from jaxgrad._training.steps import compile_steps
+from jaxgrad._training.steps import Carry, compile_steps
 from jaxgrad._training.streamed import stream
 from jaxgrad._tree.flat import PyTree
 from jaxgrad._tree.merge import merge
@@ -51,18 +52,22 @@ class Session:
     """
 
     def __init__(self, job: Job, params: Params, run: Run | None) -> None:
-        begun, was_staged, position = _begin(job, params, run)
+        begun, was_staged, self.log = _begin(job, params, run)
         trainable, self.rest = job.selection.split(begun.params)
         if run:
             run.keep_frozen(self.rest)
         self.job, self.run, self.resumed = job, run, begun.resumed
-        self.plan = make_plan(job, begun.params, was_staged)
-        self.log = Log(begun.step, begun.losses, [*begun.history], position)
+        self.plan = make_plan(job, begun.params, begun.stats, was_staged)
         # A call takes over the buffers it is given, and these are the caller's. Some optimizers
         # keep the parameters themselves in their state: a copy for each place.
-        self.carry = _copied(job.place.put((trainable, begun.opt_state, jnp.int32(0))))
+        self.carry = _copied(
+            job.place.put(Carry(trainable, begun.opt_state, begun.stats, jnp.int32(0)))
+        )
         self._take_steps = compile_steps(
-            self.plan.objective, job.tx, job.max_nonfinite_steps, job.place.pinned(self.carry)
+            self.plan.objective,
+            job.tx,
+            job.max_nonfinite_steps,
+            job.place.pinned(self.carry),
         )
 
     def calls(self) -> Generator[Call]:
@@ -71,19 +76,19 @@ class Session:
         Raises:
             NonFiniteLossError: a step of the call was one too many that is not finite.
         """
-        key = self.job.extra.get("key")
+        key = self.job.given.get("key")
         start = time.perf_counter()
         for call, data, batches in self._feed():
             span = self.log.step, call.steps
-            self.carry, values, finite = self._take_steps(
+            self.carry, taken = self._take_steps(
                 self.carry, self.plan.held, data, batches, key, span
             )
-            values, finite = np.asarray(values), np.asarray(finite)
-            lost = self.log.add(call, values, finite, self.job.max_nonfinite_steps)
+            taken = jax.tree.map(np.asarray, taken)
+            lost = self.log.add(call, taken, self.job.max_nonfinite_steps)
             self.log.seconds += time.perf_counter() - start
             if lost is not None:
                 self.save()
-                message = non_finite(call, lost, values, self.log)
+                message = non_finite(call, lost, taken.losses, self.log)
                 raise NonFiniteLossError(message, self.state(), call.batches[lost])
             yield call
             start = time.perf_counter()  # the wait for rows counts, callbacks and saves do not
@@ -98,8 +103,13 @@ class Session:
         """Saves the run, if it is saved at all."""
         if not self.run:
             return
-        trainable, opt_state, _ = self.carry
-        tree = {"trained": trainable, "opt_state": opt_state, "losses": self.log.losses}
+        tree = {
+            "trained": self.carry.trainable,
+            "opt_state": self.carry.opt_state,
+            "stats": self.carry.stats,
+            "losses": self.log.losses,
+            "metrics": self.log.metrics,
+        }
         record = StepRecord(
             step=self.log.step,
             trained=tuple(self.job.selection.paths),
@@ -116,15 +126,16 @@ class Session:
 
     def state(self, *, copy: bool = False) -> TrainState:
         """The state after the last call. The next call takes over its buffers, unless `copy`."""
-        trainable, opt_state, _ = _copied(self.carry) if copy else self.carry
+        carry = _copied(self.carry) if copy else self.carry
         return TrainState(
-            params=merge(trainable, self.rest),
-            opt_state=opt_state,
+            params=merge(carry.trainable, self.rest),
+            opt_state=carry.opt_state,
             step=self.log.step,
             losses=self.log.losses,
             history=tuple(map(dict, self.log.history)),
             staging=self.plan.line,
             resumed=self.resumed,
+            stats=carry.stats,
         )
 
     def _feed(self) -> Iterator[tuple[Call, Batch, np.ndarray]]:
@@ -135,26 +146,28 @@ class Session:
         return feed(job.place, self.plan.data, calls_of(job, most, log.step))
 
 
-def _begin(job: Job, params: Params, run: Run | None) -> tuple[TrainState, bool | None, Position]:
-    """The state before the next step, whether the run was staged, how far it had read a stream."""
+def _begin(job: Job, params: Params, run: Run | None) -> tuple[TrainState, bool | None, Log]:
+    """The state before the next step, whether the run was staged, and the log up to here."""
     place, selection = job.place, job.selection
-    params = place.put(params)
+    params, stats = place.put(params), job.given.get("stats")
     saved = run.newest() if run else None
     if run is None or saved is None:
         trainable, _ = selection.split(params)
         opt_state = place.init(job.tx, trainable)
-        begun = TrainState(params, opt_state, 0, np.zeros(0, np.float32), (), "")
-        return begun, None, Position()
-    where = str(run.root)
+        log = Log(0, np.zeros(0, np.float32), [], Position())
+        return TrainState(params, opt_state, 0, log.losses, (), "", stats=stats), None, log
+    where, record = str(run.root), saved.record
     refuse_other_settings(saved, job.settings, where)
     params = place.put(restore_params(saved, params, where))
     trainable, _ = selection.split(params)
     opt_state, line = restore_opt_state(saved, place.init(job.tx, trainable), trainable)
+    stats = place.put(restore_stats(saved, stats, where))
     # With other leaves frozen, whether to stage is a new question.
-    record = saved.record
     staged = record.staged if tuple(selection.paths) == record.trained else None
-    begun = TrainState(params, opt_state, record.step, saved.losses, record.entries, "", line)
-    return begun, staged, position_of(saved, where)
+    log = Log(record.step, saved.losses, [*record.entries], position_of(saved, where))
+    log.metrics = saved.metrics if job.has_aux else {}
+    begun = TrainState(params, opt_state, record.step, saved.losses, (), "", line, stats)
+    return begun, staged, log
 
 
 def _copied(tree: PyTree) -> PyTree:

@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from jaxgrad._tree.flat import PyTree
 from jaxgrad._tree.types import OptState, Params
 
 Callback: TypeAlias = Callable[["TrainState"], Mapping[str, float] | None]
@@ -42,10 +43,12 @@ class TrainState:
         step: the number of steps taken.
         losses: the loss of each step, `float[step]`.
         history: a record for each chunk: `step`, `epoch`, the mean `loss`, `rows_per_s`, `skipped`
-            where steps were not finite, and what the callbacks returned.
+            if steps were not finite, the means of the metrics that the loss returns, and what the
+            callbacks returned.
         staging: one line: what of the loss runs once and what it gains, or why nothing does.
         resumed: one line: which step the run went on from, and what of the optimizer's state was
             kept, added and dropped. Empty for a new run.
+        stats: the statistics after the last step; None if the loss takes none.
     """
 
     params: Params
@@ -55,3 +58,4 @@ class TrainState:
     history: tuple[dict[str, float], ...]
     staging: str
     resumed: str = ""
+    stats: PyTree = None
