@@ -170,7 +170,9 @@ def test_frozen_gradients_inflate_the_global_norm():
     squares = {name: float((g**2).sum()) for name, g in grads.items()}
     share = sum(squares[name] for name in FROZEN) / sum(squares.values())
     assert f"makes up {share:.1%} of the squared gradient norm" in found.what
-    np.testing.assert_allclose(audit["layer1"].share, squares["layer1"] / sum(squares.values()))
+    np.testing.assert_allclose(
+        audit["layer1"].share, squares["layer1"] / sum(squares.values()), rtol=1e-6
+    )
 
 
 def test_clip_that_is_not_reached_yet():

@@ -109,7 +109,7 @@ def test_the_mislabelled_digit_is_found(wrong):
         updates, state = tx.update(jg.grad(loss)(params, batch), state)
         return optax.apply_updates(params, updates), state
 
-    for _ in range(30):
+    for _ in range(100):
         params, state = step(params, state)
     norms = jax.vmap(optax.tree.norm)(jax.jit(jg.grad_norms(loss, chunk=64))(params, batch))
     assert wrong in jnp.argsort(-norms)[:5]
