@@ -52,7 +52,9 @@ from ._staging.report import Report as Report
 from ._staging.stage import Staged as Staged
 from ._staging.stage import StageError as StageError
 from ._staging.stage import stage as stage
+from ._training.evaluate import evaluate as evaluate
 from ._training.fit import fit as fit
+from ._training.predict import predict as predict
 from ._training.state import NonFiniteLossError as NonFiniteLossError
 from ._training.state import StopTraining as StopTraining
 from ._training.state import TrainState as TrainState

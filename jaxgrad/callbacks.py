@@ -7,45 +7,48 @@ added.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad._devices.processes import is_first
 from jaxgrad._disk.atomic import replacing
+from jaxgrad._training.evaluate import evaluator, means
 from jaxgrad._training.state import Callback, StopTraining, TrainState
-from jaxgrad._tree.flat import PyTree
-from jaxgrad._tree.rows import rows_of
+from jaxgrad._tree.types import Batch
 
 __all__ = ["early_stopping", "evaluate", "plot_history", "write_jsonl", "write_tensorboard"]
 
 
 def evaluate(
-    metrics: Callable[[PyTree, PyTree], Mapping[str, Any]],
-    dataset: PyTree,
+    metrics: Callable[..., Mapping[str, Any]],
+    dataset: Batch,
     *,
     batch_size: int = 256,
     prefix: str = "test_",
 ) -> Callback:
-    """Returns a callback that evaluates the model on a dataset.
+    """Returns a callback that evaluates the model on a dataset, as `jaxgrad.evaluate` does.
 
     Args:
-        metrics: a pure function `metrics(params, batch)` that returns a dict of scalars, each a
-            mean over the examples of the batch.
-        dataset: a pytree of arrays with the examples along axis 0.
-        batch_size: examples at a time.
+        metrics: `metrics(params, batch)`, pure, to a dict of scalars, each a mean over the rows of
+            the batch, or of pairs `(total, weight)`. If it has an argument `stats`, it is passed
+            the statistics of the run.
+        dataset: what `fit` takes: a pytree of arrays with the rows along axis 0, or an iterable
+            of batches. It is passed over after each chunk.
+        batch_size: the rows of a batch, if the dataset is arrays.
         prefix: prepended to the names in the record.
 
     Returns:
-        A callback that adds the means over all examples to the record.
+        A callback that adds the metrics of the complete dataset to the record. `metrics` is
+        compiled once for each number of rows in a batch.
 
     Raises:
-        ValueError: the arrays of the dataset differ in length, or `batch_size` is below 1.
+        RowsError: the arrays of the dataset differ in their rows, or there are none.
+        ValueError: `batch_size` is below 1, or the dataset is used up by one pass; during
+            training, what `jaxgrad.evaluate` raises.
 
     Example:
         >>> import jax.numpy as jnp, optax, jaxgrad as jg
@@ -59,20 +62,16 @@ def evaluate(
 
     Source: the test loop of the PyTorch tutorials, under `torch.no_grad()`.
     """
-    rows = rows_of(dataset)
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}; it must be 1 or more.")
-    compiled = jax.jit(metrics)
-    data = jax.tree.map(jnp.asarray, dataset)
+    run = evaluator(metrics, dataset, batch_size, "callbacks.evaluate")
+    if isinstance(dataset, Iterator):
+        raise ValueError(
+            f"callbacks.evaluate passes over the dataset after each chunk, and one pass uses up "
+            f"this {type(dataset).__name__}. Pass what can be iterated over again."
+        )
 
     def callback(state: TrainState) -> dict[str, float]:
-        totals: dict[str, Any] = {}
-        for start in range(0, rows, batch_size):
-            batch = jax.tree.map(lambda x: x[start : start + batch_size], data)  # noqa: B023
-            n = min(batch_size, rows - start)
-            for name, value in compiled(state.params, batch).items():
-                totals[name] = totals.get(name, 0.0) + n * value.astype(jnp.float32)
-        return {prefix + name: float(total / rows) for name, total in totals.items()}
+        found = means(run(state.params, state.stats))
+        return {prefix + name: value for name, value in found.items()}
 
     return callback
 

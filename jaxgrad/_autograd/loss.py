@@ -55,11 +55,13 @@ def differentiable(params: PyTree, wrt: Wrt) -> Selection:
     return selection
 
 
-def call_loss(fun: Callable[..., Any], params: PyTree, args: tuple, kwargs: dict) -> Any:
+def call_loss(
+    fun: Callable[..., Any], params: PyTree, args: tuple, kwargs: dict, what: str = "the loss"
+) -> Any:
     """Calls `fun`; raises if it writes into an NNX module among the parameters.
 
     A module rebuilt from its leaves is a copy: new running statistics and random counts would
-    be lost with it, and neither Flax nor JAX says so.
+    be lost with it, and neither Flax nor JAX says so. The error calls `fun` by `what`.
     """
     before = _writable(params)
     out = fun(params, *args, **kwargs)
@@ -68,10 +70,10 @@ def call_loss(fun: Callable[..., Any], params: PyTree, args: tuple, kwargs: dict
         changed = [f"'{path}'" for path, x in before.items() if after.get(path, x) is not x]
         if changed:
             raise GradientError(
-                f"the loss changes {listed(changed)} of the NNX module it is passed. The change is "
+                f"{what} changes {listed(changed)} of the NNX module it is passed. The change is "
                 "lost, because the module is a copy. Use `apply, params = "
-                "jaxgrad.functional(model)`: `apply.train` returns the new statistics and draws "
-                "from a key that you pass."
+                "jaxgrad.functional(model)`: `apply` is in inference mode, `apply.train` returns "
+                "the new statistics and draws from a key that you pass."
             )
     return out
 
