@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxgrad._devices.processes import is_first
 from jaxgrad._disk.atomic import replacing
+from jaxgrad._training.best import RestoreBest
 from jaxgrad._training.evaluate import evaluator, means
 from jaxgrad._training.state import Callback, StopTraining, TrainState
 from jaxgrad._tree.types import Batch
@@ -82,6 +83,7 @@ def early_stopping(
     patience: int,
     mode: Literal["min", "max"] = "min",
     min_delta: float = 0.0,
+    restore_best: bool = False,
 ) -> Callback:
     """Returns a callback that ends the run when a metric stops improving.
 
@@ -90,15 +92,25 @@ def early_stopping(
         patience: how many chunks without improvement to tolerate; one more ends the run.
         mode: whether lower ("min") or higher ("max") is better.
         min_delta: the smallest change that counts as an improvement.
+        restore_best: let `fit` return the parameters and the statistics of the chunk with the best
+            metric (the first of equals, whatever `min_delta`), also if the run ends in another way:
+            by its epochs, or by another callback. A copy of the trained leaves is kept for that.
+            The rest of the `TrainState` is that of the last step. A run that is saved keeps its
+            best step on disk besides, as with `Checkpoints(best=1, metric=metric, mode=mode)`, and
+            saves it whatever `every` is: a resumed run returns the same, and `load(run,
+            step="best")` reads it.
 
     Returns:
         A callback. Put it last: those after it are not called for the chunk at which it ends the
-        run. To get the parameters of the best chunk back, keep them:
-        `Checkpoints(..., best=1, metric=metric, mode=mode)`.
+        run. With `restore_best`, pass it to `fit` itself; a function that calls it does not ask
+        for the best parameters.
 
     Raises:
         ValueError: `patience` is below 0 or `mode` is unknown; during training, the metric is not
-            in the record.
+            in the record. In `fit`, with `restore_best`: `Checkpoints(best=...)` or another
+            callback asks for the best by another metric.
+        CheckpointError: in `fit`, with `restore_best`: the best step of a run that is resumed is
+            not saved, as it was started without.
 
     Example:
         >>> import jax.numpy as jnp, optax, jaxgrad as jg
@@ -109,6 +121,18 @@ def early_stopping(
         ... )
         >>> state.step
         7
+
+        Here the best is the second of six:
+
+        >>> def rising(state):
+        ...     return {"error": abs(float(state.params) - 0.6)}
+        >>> keep = jg.callbacks.early_stopping("error", patience=2, restore_best=True)
+        >>> tx, options = optax.sgd(0.2), {"epochs": 6, "callbacks": [rising, keep]}
+        >>> state = jg.fit(loss, jnp.array(0.0), jnp.ones(4), tx, **options)
+        >>> state.step, [round(record["error"], 2) for record in state.history]
+        (5, [0.2, 0.04, 0.18, 0.27, 0.32])
+        >>> print(round(float(state.params), 2))
+        0.64
 
     Source: Keras's `EarlyStopping`.
     """
@@ -132,7 +156,7 @@ def early_stopping(
         if since > patience:
             raise StopTraining
 
-    return callback
+    return RestoreBest(callback, metric, mode) if restore_best else callback
 
 
 def write_jsonl(path: str | PathLike[str]) -> Callback:

@@ -183,6 +183,24 @@ class Run:
             return saved
         return None
 
+    def values(
+        self, step: int, trained: Collection[str]
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """What may differ in a step: the leaves trained then or now, and statistics; by path.
+
+        Raises:
+            CheckpointError: the step is not saved, or it is damaged.
+        """
+        steps = from_first(steps_of(self.root))
+        if step not in steps:
+            there = listed(map(str, steps)) or "none"
+            raise CheckpointError(f"'{self.root}' does not hold this step, but {there}.")
+        params = params_of(self.root, step)
+        leaves = params.load({*params.record.trained, *trained}, self.sharding_of)
+        stored, _ = params.parts[-1]
+        stats = Parameters(params.record, [(stored, "stats")]).load(None, self.sharding_of)
+        return leaves, stats
+
     def is_due(self, chunks: int) -> bool:
         """Whether to save after so many chunks."""
         return chunks % self.config.every == 0
@@ -321,12 +339,14 @@ class Parameters(NamedTuple):
             found |= under(node, shapes(stored))
         return found
 
-    def load(self, paths: Collection[str] | None = None) -> dict[str, jax.Array]:
+    def load(
+        self, paths: Collection[str] | None = None, sharding_of: ShardingOf = on_one_device
+    ) -> dict[str, jax.Array]:
         """Those at `paths`, or all of them, by path."""
         found: dict[str, jax.Array] = {}
         for stored, node in self.parts:
             here = None if paths is None else {"/".join(filter(None, (node, p))) for p in paths}
-            found |= under(node, load_leaves(stored, here))
+            found |= under(node, load_leaves(stored, here, sharding_of))
         return found
 
 

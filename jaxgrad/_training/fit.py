@@ -24,6 +24,7 @@ from jaxgrad._devices.placement import Placement, Rules, placement
 from jaxgrad._devices.progress import progress_bar
 from jaxgrad._devices.signals import Interrupted, agreed, caught_signals
 from jaxgrad._optim.param_groups import ParamGroups, holds_groups
+from jaxgrad._training.best import Best, best_of
 from jaxgrad._training.job import Job, Stage
 from jaxgrad._training.session import Session
 from jaxgrad._training.state import Callback, StopTraining, TrainState
@@ -155,10 +156,13 @@ def fit(
         max_nonfinite_steps=max_nonfinite_steps,
         progress=progress,
     )
+    best = best_of(callbacks)
     with contextlib.ExitStack() as stack:
-        run = _open(checkpoint, resume, job.place, stack)
+        run = _open(checkpoint, resume, best, job.place, stack)
         signals = stack.enter_context(caught_signals(run is not None))
         session = Session(job, params, run)
+        if best and run:
+            best.resume(session.state(copy=True), job.selection.paths, run)
         del params  # one copy of the trained leaves, beside the caller's own
         done = session.log.step * batch_size
         advance = stack.enter_context(
@@ -168,19 +172,20 @@ def fit(
             for call in calls:
                 advance(call.rows, f"epoch {call.epoch + 1}  {session.log.line}")
                 if call.ends_chunk:
-                    session.record(call.epoch, callbacks)
+                    session.record(call.epoch, [*callbacks, *filter(None, [best])])
                 if run and (stop := agreed(signals)):
                     session.save()
                     raise _interrupted(run, stop, session.state())
                 if call.ends_chunk:
-                    session.save_if_due()
+                    session.save_if_due(best is not None and best.is_kept(session.log.step))
         session.save()
-    return session.state()
+    return best.restored(session.state()) if best else session.state()
 
 
 def _open(
     checkpoint: str | PathLike[str] | Checkpoints | None,
     resume: bool,
+    best: Best | None,
     place: Placement,
     stack: contextlib.ExitStack,
 ) -> Run | None:
@@ -191,6 +196,7 @@ def _open(
             )
         return None
     config = checkpoint if isinstance(checkpoint, Checkpoints) else Checkpoints(checkpoint)
+    config = best.checkpoints(config) if best else config
     return stack.enter_context(Run(config, resume, place.sharding_of))
 
 

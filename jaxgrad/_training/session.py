@@ -119,9 +119,9 @@ class Session:
         )
         self.run.save(_copied(tree), record, self.log.history)
 
-    def save_if_due(self) -> None:
-        """Saves the run at the end of a chunk, as often as its `Checkpoints` say."""
-        if self.run and self.run.is_due(len(self.log.history)):
+    def save_if_due(self, must: bool = False) -> None:
+        """Saves the run at the end of a chunk, as often as its `Checkpoints` say, or if it must."""
+        if self.run and (must or self.run.is_due(len(self.log.history))):
             self.save()
 
     def state(self, *, copy: bool = False) -> TrainState:
