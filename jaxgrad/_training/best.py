@@ -12,7 +12,6 @@ import jax
 
 from jaxgrad._checkpoint.record import CheckpointError, Mode, best_first
 from jaxgrad._checkpoint.run import Checkpoints, Run
-from jaxgrad._text import listed
 from jaxgrad._training.state import Callback, TrainState
 from jaxgrad._tree.flat import PyTree, flatten
 
@@ -118,14 +117,14 @@ def best_of(callbacks: Sequence[Callback]) -> Best | None:
     Raises:
         ValueError: several ask, by other metrics.
     """
-    asked = list(dict.fromkeys((c.metric, c.mode) for c in callbacks if isinstance(c, RestoreBest)))
+    found = [Best(c.metric, c.mode) for c in callbacks if isinstance(c, RestoreBest)]
+    asked = dict.fromkeys(f"{best.metric!r}, {best.mode!r}" for best in found)
     if len(asked) > 1:
         raise ValueError(
             "fit returns the parameters of one step, and early_stopping(restore_best=True) asks "
-            f"for the best by {listed(f'{m!r}, {mode!r}' for m, mode in asked)}. Pass restore_best "
-            "to one."
+            f"for the best by {'; by '.join(asked)}. Pass restore_best to one."
         )
-    return Best(*asked[0]) if asked else None
+    return found[0] if found else None
 
 
 def _filled(tree: PyTree, leaves: Mapping[str, jax.Array]) -> PyTree:

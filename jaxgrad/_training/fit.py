@@ -107,7 +107,7 @@ def fit(
             on each device; "fsdp", split along their longest axis that divides; or a mapping from
             patterns of paths to `PartitionSpec`s. The first pattern that matches counts; what
             none matches is replicated.
-        progress: show a bar, on a terminal.
+        progress: show a bar, on a terminal or in a notebook.
 
     Returns:
         The final `TrainState`.

@@ -153,6 +153,6 @@ def test_one_run_has_one_best(tmp_path):
         fit(scored(), best(), checkpoint=by_loss)
     assert not (tmp_path / "run").exists()
     other = early_stopping("loss", patience=1, restore_best=True)
-    with pytest.raises(ValueError, match=r"the best by 'val', 'min', 'loss', 'min'\. Pass restor"):
+    with pytest.raises(ValueError, match=r"the best by 'val', 'min'; by 'loss', 'min'\. Pass re"):
         fit(scored(), best(), other)
     fit(scored(), best(), best(patience=2), epochs=1)  # both ask for the same
