@@ -258,7 +258,8 @@ def plot_history(
         path: where to save the picture; the suffix (`.png`, `.svg`, `.pdf`) decides the format.
 
     Returns:
-        The `matplotlib.figure.Figure`: losses on one axis, everything else on another.
+        The `matplotlib.figure.Figure`: losses on one axis, everything else on another. It needs
+        `pip install 'jaxgrad[cli]'`.
 
     Raises:
         ValueError: the history is empty.
@@ -272,8 +273,12 @@ def plot_history(
 
     Source: `History` of Keras, as its guides draw it.
     """
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as e:
+        raise ModuleNotFoundError(
+            "plot_history needs matplotlib: pip install 'jaxgrad[cli]'", name="matplotlib"
+        ) from e
     if not history:
         raise ValueError("there is nothing to draw: the history has no records.")
     names = dict.fromkeys(name for record in history for name in record)

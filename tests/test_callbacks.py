@@ -1,5 +1,8 @@
+import doctest
 import json
 import sys
+from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +120,30 @@ def test_the_plot_has_losses_and_the_rest_apart(tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="nothing to draw"):
         plot_history([])
+
+
+def test_a_plot_without_matplotlib_names_the_extra(monkeypatch):
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'jaxgrad\[cli\]'"):
+        plot_history([{"step": 1, "loss": 1.0}])
+
+
+@pytest.mark.parametrize(("tracker", "log"), [("wandb", "log"), ("mlflow", "log_metrics")])
+def test_the_recipes_of_the_guide_log_each_record(tracker, log, monkeypatch):
+    page = Path(__file__).parent.parent / "docs/guides/callbacks.md"
+    examples = doctest.DocTestParser().get_examples(page.read_text())
+    scope = {"jax": jax}
+    for example in examples:
+        if example.source.startswith("def log_to"):
+            exec(example.source, scope)
+    module = Mock()
+    module.configure_mock(**{f"{log}.return_value": None})
+    monkeypatch.setitem(sys.modules, tracker, module)
+    state = fit(scope[f"log_to_{tracker}"], epochs=3)
+    calls = getattr(module, log).call_args_list
+    assert [call.args[0] for call in calls] == list(state.history)
+    assert [call.kwargs for call in calls] == [{"step": step} for step in (1, 2, 3)]
 
 
 # What is composed into the optimizer or the loss instead.
