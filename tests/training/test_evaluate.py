@@ -200,6 +200,10 @@ def test_statistics_are_passed_where_they_are_taken():
     with pytest.raises(ValueError, match=r"evaluate has statistics, and metrics takes none"):
         jg.evaluate(lacks, params, X, stats=stats)
     assert jg.evaluate(lacks, params, X, stats={}).keys() == {"mean"}
+    state = jg.TrainState(params, None, 1, np.zeros(1), (), "", stats=stats)
+    assert jg.callbacks.evaluate(takes, X)(state) == {"test_mean": want}
+    with pytest.raises(ValueError, match=r"callbacks\.evaluate has statistics, and metrics takes"):
+        jg.callbacks.evaluate(lacks, X)(state)
 
 
 def test_an_nnx_module_that_would_move_is_refused():
