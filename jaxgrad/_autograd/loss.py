@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgrad._text import listed, spec
-from jaxgrad._tree.flat import PyTree, is_array, is_hole, variables
+from jaxgrad._tree.flat import PyTree, is_hole, is_value, variables
 from jaxgrad._tree.nnx import nnx_types
 from jaxgrad._tree.pattern import is_within
 from jaxgrad._tree.select import select
@@ -39,7 +39,7 @@ def differentiable(params: PyTree, wrt: Wrt) -> Selection:
     selection = select(params, wrt)
     flat = selection.flat
     for path, leaf, flag in zip(flat.paths, flat.leaves, selection.flags, strict=True):
-        if flag and not is_hole(leaf) and not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        if flag and not is_hole(leaf) and not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             raise SelectionError(
                 f"wrt selects '{path}', which is {spec(leaf)} and has no gradient: "
                 f"only floating-point leaves do. Exclude it: wrt=[..., '!{path}']."
@@ -93,7 +93,7 @@ def _writable(tree: PyTree) -> dict[str, Any]:
 
 
 def scalar_value(value: Any) -> jax.Array:
-    if not is_array(value):
+    if not is_value(value):
         raise GradientError(
             f"the loss returns {type(value).__name__}, not a scalar. If it returns "
             "(value, aux), pass has_aux=True."

@@ -31,7 +31,7 @@ from jaxgrad._disk.digest import Array, checksum
 from jaxgrad._disk.malformed import MalformedError
 from jaxgrad._disk.mapped import mapped
 from jaxgrad._text import Leaf, listed, nearest, spec
-from jaxgrad._tree.flat import Flat, PyTree, flatten, is_array, is_key
+from jaxgrad._tree.flat import Flat, PyTree, flatten, is_key, is_value
 
 _FILE = "arrays.safetensors"
 
@@ -296,7 +296,7 @@ def check_fit(path: Path, held: Mapping[str, Leaf], wanted: Mapping[str, Leaf]) 
 def _named(tree: PyTree) -> list[tuple[str, Any]]:
     """The arrays and numbers of a tree with their paths, which must be names in a directory."""
     flat = flatten(tree)
-    named = [(p, x) for p, x in zip(flat.paths, flat.leaves, strict=True) if is_array(x)]
+    named = [(p, x) for p, x in zip(flat.paths, flat.leaves, strict=True) if is_value(x)]
     _refuse_names([path for path, _ in named])
     return named
 

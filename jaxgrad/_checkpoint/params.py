@@ -15,7 +15,7 @@ import jax
 from jaxgrad._checkpoint.arrays import check_fit, encode, nest, read, write
 from jaxgrad._checkpoint.record import CheckpointError, Json, Record
 from jaxgrad._checkpoint.run import Parameters, is_run, params_of
-from jaxgrad._tree.flat import PyTree, flatten, is_array
+from jaxgrad._tree.flat import PyTree, flatten, is_value
 from jaxgrad._tree.select import partition, resolve, select
 from jaxgrad._tree.wrt import Wrt
 
@@ -164,7 +164,7 @@ def load(
     flat = flatten(nest(held) if into is None else into)
     chosen = [True] * len(flat.leaves) if wrt is None else resolve(flat, wrt).flags
     wanted = {
-        p: x for p, x, c in zip(flat.paths, flat.leaves, chosen, strict=True) if c and is_array(x)
+        p: x for p, x, c in zip(flat.paths, flat.leaves, chosen, strict=True) if c and is_value(x)
     }
     if into is None:
         return nest(params.load(None if wrt is None else wanted))

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 from jax.typing import ArrayLike
 
 from jaxgrad._text import spec
-from jaxgrad._tree.flat import PyTree, flatten, is_array, is_key
+from jaxgrad._tree.flat import PyTree, flatten, is_array, is_key, is_number
 from jaxgrad._tree.selection import SelectionError
 from jaxgrad._tree.wrt import match
 
@@ -44,7 +44,8 @@ class OneDevice:
 
     def init(self, tx: optax.GradientTransformation, trainable: PyTree) -> PyTree:
         """The first state of an optimizer."""
-        return tx.init(trainable)
+        state = tx.init(trainable)
+        return jax.tree.map(lambda x: jnp.asarray(x) if is_number(x) else x, state)
 
     def pinned(self, carry: PyTree) -> Any:
         """The output shardings of the jitted steps: of the carry, and of what they record."""

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from os import PathLike
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -28,7 +29,7 @@ from jaxgrad._training.best import Best, best_of
 from jaxgrad._training.job import Job, Stage
 from jaxgrad._training.session import Session
 from jaxgrad._training.state import Callback, StopTraining, TrainState
-from jaxgrad._tree.flat import PyTree
+from jaxgrad._tree.flat import PyTree, is_array, is_number
 from jaxgrad._tree.selection import SelectionError
 from jaxgrad._tree.types import Batch, Loss, Params
 from jaxgrad._tree.wrt import Wrt
@@ -140,11 +141,13 @@ def fit(
 
     Source: the training loop of the PyTorch tutorials, and Keras's `fit`.
     """
+    selection = differentiable(params, _wrt_of(tx, params) if wrt is None else wrt)
+    params = selection.map(lambda x: jnp.asarray(x) if is_number(x) else x, params)
     job = Job(
         loss=loss,
         dataset=dataset,
         tx=tx,
-        selection=differentiable(params, _wrt_of(tx, params) if wrt is None else wrt),
+        selection=selection,
         place=placement(mesh, sharding, params),
         epochs=epochs,
         batch_size=batch_size,
@@ -204,7 +207,8 @@ def _wrt_of(tx: optax.GradientTransformation, params: Params) -> Wrt:
     """What a transformation trains if there is no `wrt`."""
     if isinstance(tx, ParamGroups):
         return tx.assign(params).wrt
-    if holds_groups(jax.eval_shape(tx.init, params)):
+    arrays = jax.tree.map(lambda x: x if is_array(x) else None, params)
+    if holds_groups(jax.eval_shape(tx.init, arrays)):
         raise SelectionError(
             "tx has param_groups inside another transformation, which would read the gradients "
             "of what the groups freeze. Pass what they train: "

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -82,7 +83,7 @@ class Job:
         if takes(self.loss, "key", self.key, "key=jax.random.key(0)"):
             given["key"] = self.place.put(self.key)
         if takes(self.loss, "stats", self.stats, "stats=apply.stats"):
-            given["stats"] = self.place.put(self.stats)
+            given["stats"] = self.place.put(jax.tree.map(jnp.asarray, self.stats))
         elif self.stats is not None:
             raise ValueError(
                 "fit was passed stats, but the loss takes none: write it as "

@@ -19,8 +19,8 @@ from jaxgrad._tree.flat import (
     abstract,
     check_same_structure,
     flatten,
-    is_array,
     is_hole,
+    is_value,
 )
 from jaxgrad._tree.selection import Selection
 from jaxgrad._tree.types import Batch, Loss, Params
@@ -71,7 +71,7 @@ class Objective:
         if self.takes_stats:
             wanted = "(value, (new_stats, metrics))" if self.has_aux else "(value, new_stats)"
             why = f"it takes stats and {why}" if self.has_aux else "it takes stats"
-        found = spec(out) if is_array(out) else type(out).__name__
+        found = spec(out) if is_value(out) else type(out).__name__
         raise GradientError(f"the loss returns {found}. Because {why}, it must return {wanted}.")
 
 
@@ -191,8 +191,8 @@ def _like(old: PyTree, new: PyTree) -> PyTree:
     before, after = flatten(old), flatten(new)
     check_same_structure(before, after, "stats", "what the loss returns as stats", GradientError)
     for path, x, y in zip(before.paths, before.leaves, after.leaves, strict=True):
-        if is_array(x) and (not is_array(y) or spec(x) != spec(y)):
-            found = spec(y) if is_array(y) else type(y).__name__
+        if is_value(x) and (not is_value(y) or spec(x) != spec(y)):
+            found = spec(y) if is_value(y) else type(y).__name__
             raise GradientError(
                 f"the loss is given stats with '{path}' {spec(x)}, and returns {found}. Return "
                 "statistics of the same shapes and dtypes."
@@ -208,9 +208,9 @@ def _metrics(metrics: Any) -> dict[str, jax.Array]:
         )
     scalars: dict[str, jax.Array] = {}
     for name, x in metrics.items():
-        real = is_array(x) and not jnp.issubdtype(jnp.result_type(x), jnp.complexfloating)
+        real = is_value(x) and not jnp.issubdtype(jnp.result_type(x), jnp.complexfloating)
         if not real or jnp.shape(x) != ():
-            found = spec(x) if is_array(x) else type(x).__name__
+            found = spec(x) if is_value(x) else type(x).__name__
             raise GradientError(
                 f"has_aux=True: the metric {name!r} is {found}. A metric is a real scalar, whose "
                 "mean goes into the history: reduce it (jnp.mean)."

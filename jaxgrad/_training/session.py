@@ -30,7 +30,7 @@ from jaxgrad._training.resume import (
 from jaxgrad._training.state import Callback, NonFiniteLossError, TrainState
 from jaxgrad._training.steps import Carry, compile_steps
 from jaxgrad._training.streamed import stream
-from jaxgrad._tree.flat import PyTree
+from jaxgrad._tree.flat import PyTree, is_array
 from jaxgrad._tree.merge import merge
 from jaxgrad._tree.types import Batch, Params
 
@@ -55,7 +55,7 @@ class Session:
         begun, was_staged, self.log = _begin(job, params, run)
         trainable, self.rest = job.selection.split(begun.params)
         if run:
-            run.keep_frozen(self.rest)
+            run.keep_frozen(jax.tree.map(lambda x: x if is_array(x) else None, self.rest))
         self.job, self.run, self.resumed = job, run, begun.resumed
         self.plan = make_plan(job, begun.params, begun.stats, was_staged)
         # A call takes over the buffers it is given, and these are the caller's. Some optimizers

@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxgrad._text import count, listed, spec
-from jaxgrad._tree.flat import PyTree, check_same_structure, flatten, is_array, is_hole, is_key
+from jaxgrad._tree.flat import PyTree, check_same_structure, flatten, is_hole, is_key, is_value
 from jaxgrad._tree.wrt import Wrt, match
 
 
@@ -84,7 +84,7 @@ def assert_frozen(before: PyTree, after: PyTree, wrt: Wrt) -> None:
         raise LeakError(str(e)) from None
     changed = []
     for path, a, b, trained in zip(old.paths, old.leaves, new.leaves, match(old, wrt), strict=True):
-        if trained or not (is_array(a) or is_array(b)):
+        if trained or not (is_value(a) or is_value(b)):
             continue
         if is_hole(a) != is_hole(b) or spec(a) != spec(b):
             changed.append(f"'{path}' from {_named(a)} to {_named(b)}")

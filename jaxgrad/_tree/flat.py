@@ -74,8 +74,28 @@ def is_hole(x: object) -> bool:
 
 
 def is_array(x: object) -> bool:
-    """Whether `x` can be selected: an Equinox module also holds functions and names as leaves."""
-    return hasattr(x, "dtype") or isinstance(x, bool | int | float | complex)
+    """Whether `x` is an array, or the shape of one."""
+    return hasattr(x, "dtype")
+
+
+def is_number(x: object) -> bool:
+    """Whether `x` is a Python number, which stays one unless a pattern names it.
+
+    Equinox's `Dropout` holds its rate and `inference` as leaves, which its code reads as Python
+    values; as arrays they would be traced.
+    """
+    return isinstance(x, bool | int | float | complex) and not is_array(x)
+
+
+def is_value(x: object) -> bool:
+    """Whether `x` is an array or a Python number: a module also holds functions as leaves."""
+    return is_array(x) or is_number(x)
+
+
+def parameters(leaves: Sequence[object]) -> list[bool]:
+    """Which leaves count as parameters: the arrays; in a tree without arrays, the numbers."""
+    kind = is_array if any(map(is_array, leaves)) else is_number
+    return [kind(leaf) for leaf in leaves]
 
 
 def is_key(x: object) -> bool:
@@ -111,7 +131,8 @@ def paths(tree: PyTree) -> list[str]:
     Returns:
         Paths as `wrt` patterns match them: keys, attribute names and indices joined by `/`.
         The value of an NNX Variable goes by the Variable's path (`head/kernel`). Holes
-        (`None`) have none, nor does a leaf that is not an array (a function in an Equinox module).
+        (`None`) have none, nor does a leaf that is not an array (a function or a number in an
+        Equinox module); in a tree without arrays the Python numbers have paths.
 
     Example:
         >>> import jax.numpy as jnp, jaxgrad as jg
@@ -121,7 +142,8 @@ def paths(tree: PyTree) -> list[str]:
     Source: the names of `torch.nn.Module.named_parameters`, with `/` for `.`.
     """
     flat = flatten(tree)
-    return [path for path, leaf in zip(flat.paths, flat.leaves, strict=True) if is_array(leaf)]
+    pairs = zip(flat.paths, parameters(flat.leaves), strict=True)
+    return [path for path, is_parameter in pairs if is_parameter]
 
 
 def halves(flat: Flat, chosen: Sequence[bool]) -> tuple[PyTree, PyTree]:

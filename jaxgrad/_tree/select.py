@@ -3,7 +3,7 @@
 import dataclasses
 from typing import TypeVar
 
-from jaxgrad._tree.flat import Flat, PyTree, abstract, flatten, is_array, variables
+from jaxgrad._tree.flat import Flat, PyTree, abstract, flatten, is_value, variables
 from jaxgrad._tree.selection import Selection, SelectionError
 from jaxgrad._tree.wrt import Wrt, listed_paths, match
 
@@ -91,7 +91,7 @@ def partition(tree: T, wrt: Wrt) -> tuple[T, T]:
 def resolve(flat: Flat, wrt: Wrt) -> Selection:
     """`select` on a flattened tree, which may have tied parameters."""
     flags = match(flat, wrt)
-    if not any(flag and is_array(leaf) for flag, leaf in zip(flags, flat.leaves, strict=True)):
+    if not any(flag and is_value(leaf) for flag, leaf in zip(flags, flat.leaves, strict=True)):
         what = "a predicate" if callable(wrt) else repr(wrt)
         raise SelectionError(
             f"wrt selects no leaf: {what}. Nothing would be differentiated or trained. "

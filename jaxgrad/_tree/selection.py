@@ -21,6 +21,8 @@ from jaxgrad._tree.flat import (
     halves,
     is_array,
     is_hole,
+    is_number,
+    is_value,
 )
 from jaxgrad._tree.merge import merge
 
@@ -63,7 +65,7 @@ class Selection:
     def paths(self) -> list[str]:
         """The paths of the selected leaves, in the order of `jax.tree.leaves`."""
         pairs = zip(self.flat.paths, self.flat.leaves, self.flags, strict=True)
-        return [path for path, leaf, flag in pairs if flag and is_array(leaf)]
+        return [path for path, leaf, flag in pairs if flag and is_value(leaf)]
 
     @property
     def mask(self) -> PyTree:
@@ -109,7 +111,8 @@ class Selection:
         return dataclasses.replace(flat, named=self.flat.paths)
 
     def __repr__(self) -> str:
-        arrays = [(x, f) for x, f in zip(self.flat.leaves, self.flags, strict=True) if is_array(x)]
+        pairs = zip(self.flat.leaves, self.flags, strict=True)
+        arrays = [(x, flag) for x, flag in pairs if is_array(x) or (flag and is_number(x))]
         taken = [x for x, flag in arrays if flag]
         some, every = sum(map(numel, taken)), sum(numel(x) for x, _ in arrays)
         share = f" ({100 * some / every:.3g}%)" if every else ""
@@ -124,5 +127,5 @@ class Selection:
 
     @property
     def _key(self) -> tuple[Any, ...]:
-        shapes = tuple(spec(x) if is_array(x) else "" for x in self.flat.leaves)
+        shapes = tuple(spec(x) if is_value(x) else "" for x in self.flat.leaves)
         return tuple(self.flat.paths), shapes, self.flags, self.flat.treedef

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxgrad._text import listed, nearest
-from jaxgrad._tree.flat import Flat, PyTree, flatten, is_array, is_hole
+from jaxgrad._tree.flat import Flat, PyTree, flatten, is_array, is_hole, is_number, parameters
 from jaxgrad._tree.pattern import matches, nodes_of
 from jaxgrad._tree.selection import Selection, SelectionError
 
@@ -29,14 +29,24 @@ def match(flat: Flat, wrt: Wrt) -> list[bool]:
         chosen = _match_globs(flat, wrt)
     elif callable(wrt) and jax.tree_util.all_leaves([wrt]):  # not a module that is callable
         chosen = [
-            is_array(leaf) and _decision(wrt(path, leaf), path)
-            for path, leaf in zip(flat.paths, flat.leaves, strict=True)
+            is_parameter and _decision(wrt(path, leaf), path)
+            for path, leaf, is_parameter in zip(
+                flat.paths, flat.leaves, parameters(flat.leaves), strict=True
+            )
         ]
     else:
         chosen = _match_prefix(flat, flatten(wrt))
+    known = parameters(flat.leaves)
     return [
-        c and (is_hole(leaf) or is_array(leaf)) for c, leaf in zip(chosen, flat.leaves, strict=True)
+        c and (is_hole(leaf) or is_parameter or _is_named(path, leaf, wrt))
+        for c, path, leaf, is_parameter in zip(chosen, flat.paths, flat.leaves, known, strict=True)
     ]
+
+
+def _is_named(path: str, leaf: object, wrt: Wrt) -> bool:
+    """Whether a Python number beside arrays is selected: by a pattern that is its own path."""
+    patterns = [wrt] if isinstance(wrt, str) else wrt if isinstance(wrt, list | tuple) else []
+    return is_number(leaf) and (path in patterns or isinstance(wrt, Selection))
 
 
 def _match_globs(flat: Flat, patterns: Sequence[str]) -> list[bool]:
@@ -91,11 +101,11 @@ def _match_prefix(flat: Flat, mask: Flat) -> list[bool]:
     """
     answers = {p: m for p, m in zip(mask.paths, mask.leaves, strict=True) if not is_hole(m)}
     used, silent, chosen = set(), [], []
-    for path, leaf in zip(flat.paths, flat.leaves, strict=True):
+    for path, is_parameter in zip(flat.paths, parameters(flat.leaves), strict=True):
         parts = path.split("/")
         above = ["/".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
         found = next((node for node in above if node in answers), None)
-        if found is None and is_array(leaf):
+        if found is None and is_parameter:
             silent.append(f"'{path}'")
         used.add(found)
         chosen.append(found is not None and _decision(answers[found], found))

@@ -27,7 +27,7 @@ BATCH = {"x": np.ones((6, 4), np.float32), "y": np.ones((6, 2), np.float32)}
 
 def test_its_repr_says_how_much_is_trained():
     assert (
-        repr(jg.select(PARAMS, "head")) == "<Selection: 8 of 21 elements (38.1%), in 2 of 4 leaves>"
+        repr(jg.select(PARAMS, "head")) == "<Selection: 8 of 20 elements (40%), in 2 of 3 leaves>"
     )
 
 
