@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxgrad._text import listed, spec
 from jaxgrad._training.over_batches import OverBatches
-from jaxgrad._tree.flat import PyTree, is_array, is_key
+from jaxgrad._tree.flat import PyTree, is_key, is_value
 from jaxgrad._tree.types import Batch, Params
 
 
@@ -101,7 +101,7 @@ def _kinds(found: Mapping[str, int]) -> str:
 def _checked(metrics: Any, rows: int) -> OrderedDict[str, tuple[Any, ...]]:
     """Metrics as `(mean,)` or `(total, weight)`, in their order, which `jax.jit` keeps of these."""
     if not isinstance(metrics, Mapping):
-        what = spec(metrics) if is_array(metrics) else type(metrics).__name__
+        what = spec(metrics) if is_value(metrics) else type(metrics).__name__
         raise ValueError(
             f'metrics return {what}, not a dict. Return a name for each value: {{"loss": value}}.'
         )
@@ -115,7 +115,7 @@ def _parts(name: object, value: Any, rows: int) -> tuple[Any, ...]:
     parts = tuple(value) if is_pair else (value,)
     if all(map(_is_scalar, parts)) and len(parts) == 2 - (not is_pair):
         return tuple(map(jnp.asarray, parts))
-    shown = listed(spec(x) if is_array(x) else type(x).__name__ for x in parts)
+    shown = listed(spec(x) if is_value(x) else type(x).__name__ for x in parts)
     shown = f"({shown})" if is_pair else shown
     raise ValueError(
         f"the metric '{name}' is {shown}, of a batch of {rows} rows; it must be a real scalar, a "
@@ -124,6 +124,6 @@ def _parts(name: object, value: Any, rows: int) -> tuple[Any, ...]:
 
 
 def _is_scalar(x: Any) -> bool:
-    if not is_array(x) or is_key(x):
+    if not is_value(x) or is_key(x):
         return False
     return jnp.shape(x) == () and not jnp.iscomplexobj(x)

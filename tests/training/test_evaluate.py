@@ -252,7 +252,7 @@ def test_metrics_that_change_between_batches_are_named():
     [
         ({"x": X, "y": Y[:3]}, jg.RowsError, "'x' has 10 and 'y' has 3"),
         (X[:0], jg.RowsError, "the dataset has no rows"),
-        ({}, jg.RowsError, "there are none"),
+        ({}, jg.RowsError, "there are no arrays"),
         (iter([]), jg.RowsError, "evaluate: the list_iterator gives no batch"),
         ([X[:0]], jg.RowsError, "the dataset has no rows"),
         (grain.MapDataset.source([{"y": 1}]), jg.RowsError, r"'y' is a scalar\. .*\.batch\(n\)"),
