@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 from unittest.mock import Mock
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -144,65 +143,3 @@ def test_the_recipes_of_the_guide_log_each_record(tracker, log, monkeypatch):
     calls = getattr(module, log).call_args_list
     assert [call.args[0] for call in calls] == list(state.history)
     assert [call.kwargs for call in calls] == [{"step": step} for step in (1, 2, 3)]
-
-
-# What is composed into the optimizer or the loss instead.
-
-
-def test_the_average_is_that_of_pytorchs_formula():
-    tx = jg.param_groups({"w": optax.chain(optax.sgd(0.1), jg.params_ema(0.8))})
-    params = {"w": jnp.array([1.0, 2.0]), "frozen": jnp.ones(2)}
-    trainable, _ = jg.partition(params, "w")
-    state = tx.init(trainable)
-    seen = []
-    for i in range(5):
-        grads = {"w": jnp.array([1.0, -1.0]) * i, "frozen": None}
-        updates, state = tx.update(grads, state, jg.partition(params, "w")[0])
-        params = jg.apply_updates(params, updates)
-        seen.append(np.asarray(params["w"]))
-    weights = 0.8 ** np.arange(5)[::-1]
-    expected = (np.array(seen) * weights[:, None]).sum(0) / weights.sum()
-    averaged = jg.averaged_params(params, state)
-    np.testing.assert_allclose(averaged["w"], expected, rtol=1e-6)
-    assert averaged["frozen"] is params["frozen"]
-    assert len(jax.tree.leaves(state)) == 2
-
-
-def test_averages_of_several_groups_meet():
-    group = lambda rate: optax.chain(optax.sgd(rate), jg.params_ema(0.0))
-    tx = jg.param_groups({"a": group(1.0), "b": group(2.0)})
-    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
-    state = tx.init(params)
-    updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
-    new = jg.apply_updates(params, updates)
-    jax.tree.map(np.testing.assert_array_equal, jg.averaged_params(params, state), new)
-
-
-def test_average_errors():
-    with pytest.raises(ValueError, match=r"decay=1\.0; it must be from 0 to below 1"):
-        jg.params_ema(1.0)
-    tx = jg.params_ema(0.9)
-    with pytest.raises(jg.UpdateError, match="averages parameters"):
-        tx.update(jnp.ones(1), tx.init(jnp.ones(1)))
-    with pytest.raises(jg.UpdateError, match="no average in this state"):
-        jg.averaged_params(jnp.ones(1), optax.sgd(1.0).init(jnp.ones(1)))
-
-
-def test_mixed_precision_computes_in_half_and_keeps_masters_in_full():
-    seen = {}
-
-    def loss(params, batch, key=None):
-        seen.update(w=params["w"].dtype, x=batch["x"].dtype, i=batch["i"].dtype)
-        h = batch["x"] @ params["trunk"] @ params["w"]
-        return (h**2).mean()
-
-    params = {"w": jnp.full((4, 2), 1 / 3), "trunk": jnp.eye(4)}
-    dataset = {"x": jnp.ones((8, 4)), "i": jnp.arange(8)}
-    half = jg.mixed_precision(loss)
-    state = jg.fit(half, params, dataset, jg.param_groups({"w": optax.sgd(1e-4)}), batch_size=4)
-    assert seen == {"w": jnp.bfloat16, "x": jnp.bfloat16, "i": jnp.int32}
-    assert state.params["w"].dtype == jnp.float32 and state.losses.dtype == np.float32
-    moved = np.asarray(state.params["w"] - params["w"])
-    assert (moved != 0).all() and (np.abs(moved) < 2**-9).all()  # less than bfloat16 could hold
-    with pytest.raises(ValueError, match="dtype='int8'; it must be a floating-point dtype"):
-        jg.mixed_precision(loss, "int8")

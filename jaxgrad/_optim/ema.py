@@ -3,24 +3,34 @@
 Optax averages updates (`optax.ema`), not parameters. As a transformation, the average is part of
 the optimizer's state: it is jitted with the step, saved and resumed with the run, sharded like the
 parameters, and kept for trained leaves only, since it sees no others.
+
+The sums are in at least float32: near a decay of 1 a step adds less than half precision resolves.
+Each leaf has a weight of its own, so that a leaf that is unfrozen later starts its own average.
 """
 
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 
 from jaxgrad._optim.apply_updates import UpdateError, apply_updates
-from jaxgrad._tree.flat import PyTree, flatten, is_hole
+from jaxgrad._text import listed
+from jaxgrad._tree.flat import Flat, PyTree, flatten, is_array, is_hole
 
 T = TypeVar("T")
 
 
 class EmaState(NamedTuple):
-    """Weighted sums of the parameters, and the sum of the weights: the average is their ratio."""
+    """Weighted sums of each parameter, and the sums of the weights: the average is their ratio.
 
-    weight: jax.Array
+    Both have the structure of the parameters, with holes for leaves that are not floats, and are in
+    at least float32.
+    """
+
+    weights: PyTree
     sums: PyTree
 
 
@@ -32,7 +42,9 @@ def params_ema(decay: float) -> optax.GradientTransformation:
 
     Returns:
         An `optax.GradientTransformation` to put last in a chain: what it averages is the parameters
-        after the updates that reach it. `averaged_params` reads the average.
+        after the updates that reach it. `averaged_params` reads the average. The state holds one
+        array per leaf, in at least float32 whatever the dtype of the parameters, and a scalar
+        weight. Leaves that are not floats have no average.
 
     Raises:
         ValueError: `decay` is not in [0, 1).
@@ -56,7 +68,14 @@ def params_ema(decay: float) -> optax.GradientTransformation:
         raise ValueError(f"decay={decay}; it must be at least 0 and below 1.")
 
     def init(params: PyTree) -> EmaState:
-        return EmaState(jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        flat = flatten(params)
+        wide = [_wide(leaf) for leaf in flat.leaves]
+        weights = [None if d is None else jnp.zeros((), jnp.finfo(d).dtype) for d in wide]
+        sums = [
+            None if d is None else jnp.zeros_like(leaf, d)
+            for leaf, d in zip(flat.leaves, wide, strict=True)
+        ]
+        return EmaState(flat.treedef.unflatten(weights), flat.treedef.unflatten(sums))
 
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: object
@@ -67,8 +86,14 @@ def params_ema(decay: float) -> optax.GradientTransformation:
                 "tx.update(grads, state, params)."
             )
         new = apply_updates(params, updates)
-        sums = jax.tree.map(lambda s, p: decay * s + (1 - decay) * p, state.sums, new)
-        return updates, EmaState(decay * state.weight + (1 - decay), sums)
+        weights = jax.tree.map(lambda w: decay * w + (1 - decay), state.weights)
+        sums, leaves = flatten(state.sums), flatten(new).leaves
+        _refuse_holes(sums, leaves)
+        added = [
+            s if is_hole(s) else decay * s + (1 - decay) * jnp.asarray(p, s.dtype)
+            for s, p in zip(sums.leaves, leaves, strict=True)
+        ]
+        return updates, EmaState(weights, sums.treedef.unflatten(added))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -81,7 +106,8 @@ def averaged_params(params: T, opt_state: PyTree) -> T:
         opt_state: the state of an optimizer with `params_ema` in it, once or in several groups.
 
     Returns:
-        The tree of `params`; frozen leaves are those given.
+        The tree of `params` in its dtypes; frozen leaves are those given, and so is a leaf that has
+        taken no step since it is trained. Works under `jit`.
 
     Raises:
         UpdateError: the state has no average, or no step has been taken yet.
@@ -100,17 +126,43 @@ def averaged_params(params: T, opt_state: PyTree) -> T:
     states = [node for node in nodes if isinstance(node, EmaState)]
     if not states:
         raise UpdateError("this state has no average: add params_ema to the optimizer.")
-    if any(state.weight == 0 for state in states):
-        raise UpdateError("there is no average yet: no step has been taken.")
-    averages: dict[str, Any] = {}
+    kept: dict[str, tuple[jax.Array, jax.Array]] = {}
     for state in states:
-        sums = flatten(state.sums)
-        averages |= {
-            path: (leaf / state.weight).astype(leaf.dtype)
-            for path, leaf in zip(sums.paths, sums.leaves, strict=True)
-            if not is_hole(leaf)
-        }
+        sums, weights = flatten(state.sums), flatten(state.weights)
+        of_leaves = zip(sums.paths, sums.leaves, weights.leaves, strict=True)
+        kept |= {path: (s, w) for path, s, w in of_leaves if not is_hole(s)}
+    if all(not isinstance(w, Tracer) and w == 0 for _, w in kept.values()):
+        raise UpdateError("there is no average yet: no step has been taken.")
     flat = flatten(params)
     return flat.treedef.unflatten(
-        [averages.get(p, x) for p, x in zip(flat.paths, flat.leaves, strict=True)]
+        [
+            _average(x, *kept[p]) if p in kept and not is_hole(x) else x
+            for p, x in zip(flat.paths, flat.leaves, strict=True)
+        ]
     )
+
+
+def _average(param: Any, total: jax.Array, weight: jax.Array) -> jax.Array:
+    dtype = jnp.result_type(param)
+    average = total / jnp.where(weight == 0, 1, weight).astype(total.dtype)
+    return jnp.where(weight == 0, jnp.asarray(param), average.astype(dtype))
+
+
+def _refuse_holes(sums: Flat, leaves: list[Any]) -> None:
+    holes = [
+        f"'{path}'"
+        for path, s, p in zip(sums.paths, sums.leaves, leaves, strict=True)
+        if not is_hole(s) and is_hole(p)
+    ]
+    if holes:
+        raise UpdateError(
+            f"params_ema averages {listed(holes)}, and params has a hole there. Pass the tree that "
+            "the state was made for: tx.init(params)."
+        )
+
+
+def _wide(leaf: Any) -> Any:
+    """The dtype to sum a leaf in; None for a hole and for what is not a float."""
+    if not is_array(leaf) or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+        return None
+    return np.promote_types(jnp.result_type(leaf), np.float32)
