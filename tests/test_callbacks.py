@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from unittest.mock import Mock
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax

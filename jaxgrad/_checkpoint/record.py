@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from jaxgrad._disk.digest import text_checksum
 
-VERSION = 1
+VERSION = 2
 
 Json: TypeAlias = Any
 """Anything that JSON can hold."""
@@ -54,11 +54,13 @@ class Settings:
         rows: the rows of the dataset; 0 for a stream.
         batch_size: the rows of a step.
         key: the implementation and the words of the PRNG key, or None.
+        data: dtype, shape and digest of each array of the dataset, by path; empty for a stream.
     """
 
     rows: int = 0
     batch_size: int = 0
     key: str | None = None
+    data: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -116,7 +116,7 @@ def fit(
     Raises:
         NonFiniteLossError: a loss or a gradient is infinite or NaN.
         CheckpointError: `checkpoint` holds a run and `resume` is False; the run does not fit the
-            parameters, or had other rows, batches or another key; or it can't be saved.
+            parameters, or had other data, batches or another key; or it can't be saved.
         Interrupted: a signal came, and the run is saved.
         SelectionError: see `select` and `param_groups`; or `tx` has `param_groups` inside, and
             there is no `wrt`.

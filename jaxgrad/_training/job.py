@@ -12,6 +12,8 @@ import optax
 
 from jaxgrad._checkpoint.record import Settings
 from jaxgrad._devices.placement import Placement
+from jaxgrad._devices.processes import from_first
+from jaxgrad._training.fingerprint import fingerprint
 from jaxgrad._training.objective import Objective, takes
 from jaxgrad._tree.flat import PyTree, is_array
 from jaxgrad._tree.rows import rows_of
@@ -91,14 +93,15 @@ class Job:
             )
         return given
 
-    @property
+    @functools.cached_property
     def settings(self) -> Settings:
         """What decides which rows a step takes."""
         batch_size = 0 if self.streams else self.batch_size
-        if self.key is None:
-            return Settings(self.rows, batch_size)
-        words = jax.random.key_data(self.key).tolist()
-        return Settings(self.rows, batch_size, f"{jax.random.key_impl(self.key)} {words}")
+        key = self.key
+        words = key if key is None else jax.random.key_data(key).tolist()
+        named = None if key is None else f"{jax.random.key_impl(key)} {words}"
+        data = {} if self.streams else from_first(fingerprint(self.dataset))
+        return Settings(self.rows, batch_size, named, data)
 
     def batch(self) -> Batch:
         """The shapes and dtypes of the first batch of a dataset of arrays."""

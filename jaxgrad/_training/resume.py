@@ -5,7 +5,6 @@ reached; optimizer state that belongs to a leaf still trained survives, with the
 counted; a newly trained leaf starts with fresh state. One line reports what was done.
 """
 
-import dataclasses
 import re
 from collections.abc import Sized
 from pathlib import Path
@@ -65,12 +64,25 @@ def restore_stats(saved: Saved, stats: PyTree, where: str) -> PyTree:
 
 def refuse_other_settings(saved: Saved, settings: Settings, where: str) -> None:
     """Raises if the steps to come would not be those of the run."""
-    for name, now in dataclasses.asdict(settings).items():
-        if (then := getattr(saved.record.settings, name)) != now:
+    for name in ("rows", "batch_size", "key"):
+        then, now = getattr(saved.record.settings, name), getattr(settings, name)
+        if then != now:
             raise CheckpointError(
                 f"the run in '{where}' has {name} {then}, but this call {now}: its next step would "
                 "take other rows. Call fit with the run's arguments, or start a new run."
             )
+    then, now, none = saved.record.settings.data, settings.data, "not there"
+    if then != now:
+        others = [
+            f"{repr(p) if p else 'the array'} was {then.get(p, none)} and is {now.get(p, none)}"
+            for p in sorted(then.keys() | now.keys())
+            if then.get(p) != now.get(p)
+        ]
+        raise CheckpointError(
+            f"the run in '{where}' has other data (dtype, shape and a digest of rows): "
+            f"{listed(others)}. Pass the arrays of the run with their rows in the same order, or "
+            "start a new run from its parameters: jaxgrad.load(run, into=params)."
+        )
 
 
 def position_of(saved: Saved, where: str) -> Position:

@@ -24,7 +24,7 @@ PLAIN = Record(
 STEP = StepRecord(
     step=12,
     trained=("head/bias",),
-    settings=Settings(22, 5, "fry [0, 1]"),
+    settings=Settings(22, 5, "fry [0, 1]", {"x": "float32[22,3] 9f86d081884c7d65"}),
     staged=None,
     positions=(Position(1, 2, 10, {"base64": "AA=="}), Position()),
     frozen="3f",
@@ -51,13 +51,13 @@ def test_what_others_wrote_beside_their_arrays_is_not_a_record(metadata):
     assert Record.from_metadata(metadata, Path("runs/a")) == Record()
 
 
-@pytest.mark.parametrize(("version", "shown"), [(2, "2"), (0, "0"), (None, "None")])
+@pytest.mark.parametrize(("version", "shown"), [(3, "3"), (1, "1"), (0, "0"), (None, "None")])
 def test_another_format_version_is_named_with_what_to_do(version, shown):
     fields = json.loads(PLAIN.to_json()) | {"version": version, "of the future": 1}
     with pytest.raises(UnreadableError) as info:
         Record.from_json(json.dumps(fields), Path("runs/a"))
     assert str(info.value) == (
-        f"the record of 'runs/a' has format version {shown}, and this jaxgrad reads version 1. "
+        f"the record of 'runs/a' has format version {shown}, and this jaxgrad reads version 2. "
         "Read it with the jaxgrad that wrote it, or install the newest."
     )
     assert isinstance(info.value, jg.CheckpointError)

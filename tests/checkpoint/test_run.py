@@ -325,11 +325,11 @@ def test_damaged_frozen_parameters_are_stored_again(tmp_path):
 
 
 def test_a_step_of_another_format_version_is_an_error_and_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "VERSION", 2)
+    monkeypatch.setattr(record, "VERSION", record.VERSION + 1)
     run(tmp_path / "run", epochs=1)
     monkeypatch.undo()
     steps = sorted(os.listdir(tmp_path / "run/steps"))
-    refused("steps/5' has format version 2, and this jaxgrad", tmp_path / "run", resume=True)
+    refused("steps/5' has format version 3, and this jaxgrad", tmp_path / "run", resume=True)
     assert sorted(os.listdir(tmp_path / "run/steps")) == steps == ["4", "5"]
 
 

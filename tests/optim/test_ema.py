@@ -42,7 +42,7 @@ def test_average_errors():
     tx = jg.params_ema(0.9)
     with pytest.raises(jg.UpdateError, match="averages parameters"):
         tx.update(jnp.ones(1), tx.init(jnp.ones(1)))
-    with pytest.raises(jg.UpdateError, match="no average in this state"):
+    with pytest.raises(jg.UpdateError, match="this state has no average"):
         jg.averaged_params(jnp.ones(1), optax.sgd(1.0).init(jnp.ones(1)))
 
 
