@@ -9,6 +9,8 @@ A hole in the gradients gives a hole in the updates. A frozen leaf that has a gr
 `jax.grad` over everything) gets an update of negative zero, because `-0.0 + 0.0` is `0.0`, but
 `-0.0 + -0.0` is `-0.0`. `optax.apply_updates` then preserves every normal value; `apply_updates`
 here also preserves subnormals, which XLA's addition on CPU flushes to zero.
+A caller that passes all parameters to `init` and `update`, such as Flax's `TrainState`, adds updates to
+all of them: there a hole in the gradients gives negative zero too.
 """
 
 import dataclasses
@@ -21,6 +23,7 @@ import optax
 
 from jaxgrad._optim.apply_updates import UpdateError
 from jaxgrad._optim.extra_args import with_extra_args
+from jaxgrad._optim.holes import refusing_holes
 from jaxgrad._text import count, listed, nbytes, numel, size, spec
 from jaxgrad._tree.flat import (
     Flat,
@@ -31,6 +34,7 @@ from jaxgrad._tree.flat import (
     halves,
     is_array,
     is_hole,
+    is_key,
     paths,
 )
 from jaxgrad._tree.merge import merge
@@ -44,9 +48,16 @@ Groups: TypeAlias = (
 
 
 class ParamGroupsState(NamedTuple):
-    """The states of the groups' transformations, in the order of the groups."""
+    """The states of the groups' transformations, in the order of the groups.
+
+    Attributes:
+        groups: the states.
+        held: for each position of the tree that `init` was given, `()` for a leaf and `None` for a
+            hole: structure alone, without a leaf of its own.
+    """
 
     groups: tuple[Any, ...]
+    held: tuple[tuple[()] | None, ...]
 
 
 def holds_groups(opt_state: PyTree) -> bool:
@@ -101,9 +112,13 @@ class ParamGroups(optax.GradientTransformationExtraArgs):
             refuse_tied(params)
             flat = flatten(params)
             owners = _owners(flat, resolved)
-            return ParamGroupsState(
-                tuple(tx.init(_part(flat, owners, i)) for i, (_, tx) in enumerate(resolved))
-            )
+            names, states = _names(resolved), []
+            for i, (_, tx) in enumerate(resolved):
+                part = _part(flat, owners, i)
+                with refusing_holes(tx, flatten(part), f"the group {names[i]!r}"):
+                    states.append(tx.init(part))
+            held = tuple(None if is_hole(leaf) else () for leaf in flat.leaves)
+            return ParamGroupsState(tuple(states), held)
 
         def update(
             updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: object
@@ -163,8 +178,10 @@ def param_groups(groups: Groups) -> ParamGroups:
         parameters, or all of them; `update` takes gradients with holes (`jaxgrad.grad`), or for
         all leaves (`jax.grad`), and returns updates of the same structure. A frozen leaf has no
         state and no share in a norm, and stays bit-identical: its update is a hole if its
-        gradient is one, and negative zero otherwise. Extra arguments go to every group; of those
-        that Optax names, `grad` holds the group's leaves and `value_fn` is a function of them.
+        gradient is one, and negative zero otherwise. If `init` and `update` are both passed all
+        parameters, as by Flax's `TrainState`, it is negative zero for a hole too. Extra arguments
+        go to every group; of those that Optax names, `grad` holds the group's leaves and
+        `value_fn` is a function of them.
         `.assign(params)` lists which group takes what.
 
         To clip by the norm over several groups, nest: `param_groups({"!trunk/**":
@@ -174,7 +191,8 @@ def param_groups(groups: Groups) -> ParamGroups:
         SelectionError: there is no group; and on `init` or `update`, a pattern matches no leaf,
             a predicate selects no leaf of a tree without holes, a group matches only leaves
             that earlier groups take, or an NNX parameter is tied (see `select`).
-        UpdateError: on `update`, gradients, parameters and state differ in structure.
+        UpdateError: on `update`, gradients, parameters and state differ in structure; or a
+            transformation can't take a tree with holes.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, jaxgrad as jg
@@ -214,6 +232,8 @@ def _update(
         update if is_hole(update) or owner is not None else _still(update)
         for update, owner in zip(given.leaves, owners, strict=True)
     ]
+    if params is not None and len(state.held) == len(leaves):
+        leaves = list(map(_filled, leaves, known.leaves, state.held))
     states = []
     for i, ((_, tx), group_state) in enumerate(zip(groups, state.groups, strict=True)):
         if i not in owners:
@@ -222,13 +242,14 @@ def _update(
         part = None if params is None else _part(known, owners, i)
         if part is not None:
             _refuse_holes(known, owners, i)
-        own = _extra_of(extra, known, owners, i)
-        new, group_state = _call(tx, _part(given, owners, i), group_state, part, own)
+        grads, own = _part(given, owners, i), _extra_of(extra, known, owners, i)
+        with refusing_holes(tx, flatten(grads), f"the group {_names(groups)[i]!r}"):
+            new, group_state = _call(tx, grads, group_state, part, own)
         states.append(group_state)
         leaves = [
             n if o == i else u for n, o, u in zip(flatten(new).leaves, owners, leaves, strict=True)
         ]
-    return given.treedef.unflatten(leaves), ParamGroupsState(tuple(states))
+    return given.treedef.unflatten(leaves), ParamGroupsState(tuple(states), state.held)
 
 
 def _call(
@@ -326,8 +347,15 @@ def _name(wrt: Wrt, i: int) -> str:
     return f"group {i}, by {'a predicate' if callable(wrt) else 'a tree of booleans'}"
 
 
-def _still(update: jax.Array) -> Any:
+def _still(update: Any) -> Any:
     """The update that changes nothing, not even the sign of a zero."""
     if jnp.issubdtype(jnp.result_type(update), jnp.inexact):
         return -jnp.zeros_like(update)
     return update if update.dtype == jax.dtypes.float0 else jnp.zeros_like(update)
+
+
+def _filled(update: Any, param: Any, held: tuple[()] | None) -> Any:
+    """The update that changes nothing in place of a hole where `init` too was given the leaf."""
+    if not is_hole(update) or held is None or not is_array(param) or is_key(param):
+        return update
+    return _still(jnp.asarray(param))

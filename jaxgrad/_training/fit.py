@@ -24,12 +24,13 @@ from jaxgrad._checkpoint.run import Checkpoints, Run
 from jaxgrad._devices.placement import Placement, Rules, placement
 from jaxgrad._devices.progress import progress_bar
 from jaxgrad._devices.signals import Interrupted, agreed, caught_signals
+from jaxgrad._optim.holes import refusing_holes
 from jaxgrad._optim.param_groups import ParamGroups, holds_groups
 from jaxgrad._training.best import Best, best_of
 from jaxgrad._training.job import Job, Stage
 from jaxgrad._training.session import Session
 from jaxgrad._training.state import Callback, StopTraining, TrainState
-from jaxgrad._tree.flat import PyTree, is_array, is_number
+from jaxgrad._tree.flat import PyTree, flatten, halves, is_array, is_number
 from jaxgrad._tree.selection import SelectionError
 from jaxgrad._tree.types import Batch, Loss, Params
 from jaxgrad._tree.wrt import Wrt
@@ -121,6 +122,7 @@ def fit(
         SelectionError: see `select` and `param_groups`; or `tx` has `param_groups` inside, and
             there is no `wrt`.
         StageError: `stage=True`, and the loss can't be staged.
+        UpdateError: `tx` can't take a tree with holes.
         GradientError: see `value_and_grad`; or the loss returns something else than `stats` and
             `has_aux` ask for, or trains a layer whose new statistics it drops.
         RowsError: the arrays of the dataset differ in their rows, or there are none.
@@ -161,6 +163,8 @@ def fit(
     )
     best = best_of(callbacks)
     with contextlib.ExitStack() as stack:
+        half = flatten(halves(job.selection.flat, job.selection.flags)[0])
+        stack.enter_context(refusing_holes(tx, half, "tx"))
         run = _open(checkpoint, resume, best, job.place, stack)
         signals = stack.enter_context(caught_signals(run is not None))
         session = Session(job, params, run)

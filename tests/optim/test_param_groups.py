@@ -3,6 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import serialization
+from flax.training.train_state import TrainState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,8 +36,9 @@ def bits(tree):
 
 def loss(params, x):
     """Finite, with gradients for all leaves that are not all zero."""
-    h = jnp.tanh(x @ jnp.nan_to_num(params["trunk"]["kernel"], posinf=1, neginf=-1))
-    h = h + jnp.nan_to_num(params["trunk"]["bias"], posinf=1, neginf=-1)[None]
+    tame = lambda leaf: jnp.clip(jnp.nan_to_num(leaf), -1, 1)  # sums of -3e38 overflow
+    h = jnp.tanh(x @ tame(params["trunk"]["kernel"]))
+    h = h + tame(params["trunk"]["bias"])[None]
     return jnp.mean((jnp.tanh(h) @ params["head"]["kernel"] + params["head"]["bias"][None]) ** 2)
 
 
@@ -253,6 +256,87 @@ def test_any_assignment_moves_exactly_the_groups(tree, data):
     assert {name: float(np.max(leaf)) for name, leaf in new.items()} == {
         name: 1 - rates.get(name, 0.0) for name in tree
     }
+
+
+# Others' code that knows no holes.
+
+
+@pytest.mark.parametrize("names", [["head"], ["head", "bias"]])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_train_state_of_flax_takes_gradients_with_holes(names, compiled):
+    params = {"trunk": jnp.full((2, 2), -0.0), "head": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    tx = jg.param_groups({name: optax.adam(1e-2) for name in names})
+    loss = lambda p: jnp.sum((p["head"] @ p["trunk"] + p["bias"][None] + p["head"]) ** 2)
+    state = TrainState.create(apply_fn=None, params=params, tx=tx)
+    apply = lambda state, grads: state.apply_gradients(grads=grads)
+    apply = jax.jit(apply) if compiled else apply
+    half = full = state
+    for _ in range(3):
+        half = apply(half, jg.grad(loss, names)(half.params))
+        full = apply(full, jax.grad(loss)(full.params))
+    jax.tree.map(np.testing.assert_array_equal, half.params, full.params)
+    frozen = {name: x for name, x in params.items() if name not in names}
+    assert bits({name: half.params[name] for name in frozen}) == bits(frozen)
+    assert serialization.from_bytes(half, serialization.to_bytes(half)).step == 3
+
+
+def test_holes_stay_holes_where_the_caller_knows_them():
+    tx = jg.param_groups({"head": optax.sgd(1.0)})
+    params, half = {"head": jnp.ones(2), "n": jnp.ones(2)}, {"head": jnp.ones(2), "n": None}
+    for first, then in ((half, half), (half, params), (params, half), (params, None)):
+        assert tx.update(half, tx.init(first), then)[0]["n"] is None
+    keys = {**params, "n": jax.random.key(0)}
+    assert tx.update(half, tx.init(keys), keys)[0]["n"] is None
+
+
+PARTS = {"trunk": jnp.ones((4, 4)), "head": jnp.eye(4, 2), "bias": jnp.zeros(2)}
+
+
+def of_parts(p, x):
+    return jnp.mean((jnp.tanh(x @ p["trunk"]) @ p["head"] + p["bias"][None] - 1.0) ** 2)
+
+
+def test_what_cannot_take_holes_is_named_with_the_cure():
+    galore, x = optax.contrib.galore(1e-2), jax.random.normal(jax.random.key(0), (8, 4))
+    why = (
+        " can't take a tree with holes (None for a leaf that it does not train), and there is one "
+        "at 'bias', 'trunk': AttributeError: 'NoneType' object has no attribute 'dtype'. Show it "
+        "optax.MaskedNode instead: optax.masked(tx, jaxgrad.select(params, wrt).mask), with what "
+        "it trains as wrt."
+    )
+    fit = lambda tx, wrt=None: jg.fit(of_parts, PARTS, x, tx, wrt=wrt, epochs=3, batch_size=8)
+    with pytest.raises(jg.UpdateError) as info:
+        fit(galore, "head")
+    assert str(info.value) == "tx" + why
+    with pytest.raises(jg.UpdateError) as info:
+        fit(jg.param_groups({"head": galore}))
+    assert str(info.value) == "the group 'head'" + why
+    head = {"head": PARTS["head"]}
+    state = galore.init(head)
+    for _ in range(3):
+        grads = jax.grad(lambda h: of_parts({**PARTS, **h}, x))(head)
+        updates, state = galore.update(grads, state, head)
+        head = optax.apply_updates(head, updates)
+    masked = optax.masked(galore, jg.select(PARTS, "head").mask)
+    for new in (fit(masked, "head"), fit(jg.param_groups({"head": masked}))):
+        np.testing.assert_allclose(new.params["head"], head["head"], rtol=1e-6)
+        assert bits(new.params["trunk"]) == bits(PARTS["trunk"])
+
+
+def test_other_errors_pass_unexplained():
+    def refuse(*args):
+        raise ValueError("as it likes")
+
+    for tx in (
+        optax.GradientTransformation(refuse, refuse),
+        optax.GradientTransformation(lambda p: (), refuse),
+    ):
+        for run in (
+            lambda: jg.fit(of_parts, PARTS, jnp.ones((8, 4)), tx, wrt="head"),  # noqa: B023
+            lambda: jg.fit(of_parts, PARTS, jnp.ones((8, 4)), jg.param_groups({"head": tx})),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match="as it likes"):
+                run()
 
 
 # The listing.
