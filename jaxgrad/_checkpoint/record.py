@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from jaxgrad._disk.digest import text_checksum
+from jaxgrad._optim.parts import Part
 
 VERSION = 2
 
@@ -110,6 +111,10 @@ class Record:
             return Record(**fields)
         fields["settings"] = Settings(**fields["settings"])
         fields["positions"] = tuple(Position(*position) for position in fields["positions"])
+        fields["parts"] = {
+            p: Part(kind, serves if serves is None else tuple(serves))
+            for p, (kind, serves) in fields["parts"].items()
+        }
         return StepRecord(**fields)
 
     def to_metadata(self) -> dict[str, str]:
@@ -142,6 +147,7 @@ class StepRecord(Record):
         settings: what decides which rows the next step takes.
         staged: whether the loss was staged; None if that was not decided.
         positions: how far each process has read a stream.
+        parts: what the optimizer's state consists of, by the path of each part's root.
         frozen: the name of the frozen parameters, by their content; empty if there are none.
         metric: what makes a step good: a name in an entry of the history.
         mode: whether the least or the greatest metric is best.
@@ -152,6 +158,7 @@ class StepRecord(Record):
     settings: Settings
     staged: bool | None
     positions: tuple[Position, ...]
+    parts: Mapping[str, Part] = dataclasses.field(default_factory=dict)
     frozen: str = ""
     metric: str = "loss"
     mode: Mode = "min"

@@ -8,9 +8,9 @@ decay, clip or remember what it doesn't see.
 A hole in the gradients gives a hole in the updates. A frozen leaf that has a gradient anyway (from
 `jax.grad` over everything) gets an update of negative zero, because `-0.0 + 0.0` is `0.0`, but
 `-0.0 + -0.0` is `-0.0`. `optax.apply_updates` then preserves every normal value; `apply_updates`
-here also preserves subnormals, which XLA's addition on CPU flushes to zero.
-A caller that passes all parameters to `init` and `update`, such as Flax's `TrainState`, adds updates to
-all of them: there a hole in the gradients gives negative zero too.
+here also preserves subnormals, which XLA's addition on CPU flushes to zero. A caller that passes
+all parameters to `init` and `update`, such as Flax's `TrainState`, adds updates to all of them:
+there a hole in the gradients gives negative zero too.
 """
 
 import dataclasses
@@ -52,12 +52,12 @@ class ParamGroupsState(NamedTuple):
 
     Attributes:
         groups: the states.
-        held: for each position of the tree that `init` was given, `()` for a leaf and `None` for a
-            hole: structure alone, without a leaf of its own.
+        leaves: for each group, and last for what no group takes, the paths of the leaves that
+            `init` was given. The values are empty tuples: structure alone, without an array.
     """
 
     groups: tuple[Any, ...]
-    held: tuple[tuple[()] | None, ...]
+    leaves: tuple[dict[str, tuple[()]], ...]
 
 
 def holds_groups(opt_state: PyTree) -> bool:
@@ -117,8 +117,7 @@ class ParamGroups(optax.GradientTransformationExtraArgs):
                 part = _part(flat, owners, i)
                 with refusing_holes(tx, flatten(part), f"the group {names[i]!r}"):
                     states.append(tx.init(part))
-            held = tuple(None if is_hole(leaf) else () for leaf in flat.leaves)
-            return ParamGroupsState(tuple(states), held)
+            return ParamGroupsState(tuple(states), _leaves_of(flat, owners, len(resolved)))
 
         def update(
             updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: object
@@ -232,8 +231,12 @@ def _update(
         update if is_hole(update) or owner is not None else _still(update)
         for update, owner in zip(given.leaves, owners, strict=True)
     ]
-    if params is not None and len(state.held) == len(leaves):
-        leaves = list(map(_filled, leaves, known.leaves, state.held))
+    if params is not None:
+        at_init = frozenset[str]().union(*state.leaves)
+        leaves = [
+            _filled(update, param) if is_hole(update) and path in at_init else update
+            for path, update, param in zip(known.paths, leaves, known.leaves, strict=True)
+        ]
     states = []
     for i, ((_, tx), group_state) in enumerate(zip(groups, state.groups, strict=True)):
         if i not in owners:
@@ -249,7 +252,7 @@ def _update(
         leaves = [
             n if o == i else u for n, o, u in zip(flatten(new).leaves, owners, leaves, strict=True)
         ]
-    return given.treedef.unflatten(leaves), ParamGroupsState(tuple(states), state.held)
+    return given.treedef.unflatten(leaves), ParamGroupsState(tuple(states), state.leaves)
 
 
 def _call(
@@ -354,8 +357,17 @@ def _still(update: Any) -> Any:
     return update if update.dtype == jax.dtypes.float0 else jnp.zeros_like(update)
 
 
-def _filled(update: Any, param: Any, held: tuple[()] | None) -> Any:
-    """The update that changes nothing in place of a hole where `init` too was given the leaf."""
-    if not is_hole(update) or held is None or not is_array(param) or is_key(param):
-        return update
-    return _still(jnp.asarray(param))
+def _filled(update: Any, param: Any) -> Any:
+    """The update that changes nothing, in place of a hole; a hole if the parameter is one too."""
+    return _still(jnp.asarray(param)) if is_array(param) and not is_key(param) else update
+
+
+def _leaves_of(
+    flat: Flat, owners: list[int | None], groups: int
+) -> tuple[dict[str, tuple[()]], ...]:
+    """The paths of the leaves of each group, and of those of none."""
+    found: list[dict[str, tuple[()]]] = [{} for _ in range(groups + 1)]
+    for path, leaf, owner in zip(flat.paths, flat.leaves, owners, strict=True):
+        if is_array(leaf):
+            found[-1 if owner is None else owner][path] = ()
+    return tuple(found)

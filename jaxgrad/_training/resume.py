@@ -1,22 +1,18 @@
 """A saved step put back into a tree of parameters, whatever is trained now.
 
 Everything goes by path. A leaf that was trained and is frozen now keeps the value that it had
-reached; optimizer state that belongs to a leaf still trained survives, with the steps that it has
-counted; a newly trained leaf starts with fresh state. One line reports what was done.
+reached. Steps that would not be those of the run, on other rows, are refused.
 """
 
-import re
-from collections.abc import Sized
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from jaxgrad._checkpoint.arrays import check_fit
 from jaxgrad._checkpoint.record import CheckpointError, Position, Settings
 from jaxgrad._checkpoint.run import Saved
-from jaxgrad._text import count, listed, spec
-from jaxgrad._tree.flat import PyTree, flatten, is_array, paths
+from jaxgrad._text import listed
+from jaxgrad._tree.flat import PyTree, flatten, is_array
 
 
 def restore_params(saved: Saved, params: PyTree, where: str) -> PyTree:
@@ -27,27 +23,6 @@ def restore_params(saved: Saved, params: PyTree, where: str) -> PyTree:
     return flat.treedef.unflatten(
         [saved.params.get(p, x) for p, x in zip(flat.paths, flat.leaves, strict=True)]
     )
-
-
-def restore_opt_state(saved: Saved, fresh: PyTree, trainable: PyTree) -> tuple[PyTree, str]:
-    """The optimizer state with the arrays that survive, and a line on what was resumed."""
-    flat = flatten(fresh)
-    needed = {p: x for p, x in zip(flat.paths, flat.leaves, strict=True) if is_array(x)}
-    # A leaf may have moved to another group; a counter belongs to its group.
-    leaves = tuple("/" + path for path in paths(trainable))
-    by_suffix = {_apart_from_groups(p): p for p in saved.opt_state if p.endswith(leaves)}
-    kept: dict[str, str] = {}
-    for path, leaf in needed.items():
-        source = path if path in saved.opt_state else by_suffix.get(_apart_from_groups(path))
-        if source is not None and spec(saved.opt_state[source]) == spec(leaf):
-            kept[path] = source
-    state = flat.treedef.unflatten(
-        [
-            jnp.asarray(saved.opt_state[kept[p]]) if p in kept else x
-            for p, x in zip(flat.paths, flat.leaves, strict=True)
-        ]
-    )
-    return state, _line(saved, trainable, needed, kept)
 
 
 def restore_stats(saved: Saved, stats: PyTree, where: str) -> PyTree:
@@ -94,22 +69,3 @@ def position_of(saved: Saved, where: str) -> Position:
             f"but now there are {jax.process_count()}. Resume with the same number."
         )
     return positions[min(jax.process_index(), len(positions) - 1)]
-
-
-def _line(saved: Saved, trainable: PyTree, needed: Sized, kept: dict[str, str]) -> str:
-    now, then = set(paths(trainable)), set(saved.record.trained)
-    line = f"resumed at step {saved.record.step}"
-    for what, leaves in (("newly trained", now - then), ("frozen now", then - now)):
-        if leaves:
-            line += f"; {what}: {listed(map(repr, sorted(leaves)))}"
-    added = len(needed) - len(kept)
-    dropped = len(saved.opt_state.keys() - set(kept.values()))
-    if now != then or added or dropped:
-        arrays = count([*kept], "array", verb=False)
-        line += f"; optimizer state: {arrays} kept, {added} added, {dropped} dropped"
-    return line
-
-
-def _apart_from_groups(path: str) -> str:
-    """The path without the number of the leaf's group in `param_groups`."""
-    return re.sub(r"(^|/)groups/\d+(?=/)", r"\1groups", path)

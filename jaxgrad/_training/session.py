@@ -15,6 +15,7 @@ import numpy as np
 from jaxgrad._checkpoint.record import Position, StepRecord
 from jaxgrad._checkpoint.run import Run
 from jaxgrad._devices.processes import of_all
+from jaxgrad._optim.parts import parts_of
 from jaxgrad._training.calls import Call
 from jaxgrad._training.history import Log, non_finite
 from jaxgrad._training.job import Job
@@ -23,10 +24,10 @@ from jaxgrad._training.resident import calls_of, feed, steps_per_call
 from jaxgrad._training.resume import (
     position_of,
     refuse_other_settings,
-    restore_opt_state,
     restore_params,
     restore_stats,
 )
+from jaxgrad._training.resume_optimizer import restore_opt_state
 from jaxgrad._training.state import Callback, NonFiniteLossError, TrainState
 from jaxgrad._training.steps import Carry, compile_steps
 from jaxgrad._training.streamed import stream
@@ -113,6 +114,7 @@ class Session:
         record = StepRecord(
             step=self.log.step,
             trained=tuple(self.job.selection.paths),
+            parts=parts_of(opt_state, trainable),
             staged=self.plan.staged,
             settings=self.job.settings,
             positions=tuple(Position(*position) for position in of_all(self.log.position)),

@@ -13,6 +13,7 @@ from jaxgrad._checkpoint.record import (
     UnreadableError,
     best_first,
 )
+from jaxgrad._optim.parts import Part
 
 PLAIN = Record(
     trained=("head/bias",),
@@ -27,6 +28,7 @@ STEP = StepRecord(
     settings=Settings(22, 5, "fry [0, 1]", {"x": "float32[22,3] 9f86d081884c7d65"}),
     staged=None,
     positions=(Position(1, 2, 10, {"base64": "AA=="}), Position()),
+    parts={"0/mu": Part("Adam.mu", None), "0/count": Part("Adam.count", ("head/bias",))},
     frozen="3f",
     metric="accuracy",
     mode="max",
