@@ -99,7 +99,8 @@ def fit(
             SIGTERM then finish the step, save and raise `Interrupted`; a second one kills at once.
         resume: continue from the newest complete step in `checkpoint`, bit for bit as if the run
             had not ended; start anew if there is none. All parameters are those of the run. Under
-            another `wrt` or `tx`, optimizer state is kept where it fits.
+            another `wrt` or `tx`, moments, averages and counters follow their leaves, and
+            `TrainState.resumed` says what can't be kept.
         max_nonfinite_steps: how many consecutive steps may have a loss or gradient that is infinite
             or NaN. They change nothing; one more raises.
         mesh: the devices to train on, also those of several processes, which then all call `fit`

@@ -51,7 +51,7 @@ def restore_opt_state(saved: Saved, fresh: PyTree, trainable: PyTree) -> tuple[P
     state = flat.treedef.unflatten(
         [values.get(p, x) for p, x in zip(flat.paths, flat.leaves, strict=True)]
     )
-    notes = [*_joined(_shared(now, kept, values)), *notes]
+    notes = [*_joined(_shared(now, kept, values)), *notes, *_overridden(needed, values)]
     return state, "; ".join([_line(saved, trainable, now, then, kept), *notes])
 
 
@@ -167,6 +167,23 @@ def _joined(shared: Iterable[Shared]) -> list[str]:
         "its own in param_groups"
         for (new, old), what in whats.items()
     ]
+
+
+def _overridden(needed: Mapping[str, Any], values: Mapping[str, jax.Array]) -> list[str]:
+    """A note for each hyperparameter of `inject_hyperparams` whose value was changed in the call.
+
+    It is a part of the state, and so the run's. One with a schedule has another value at each step.
+    """
+    notes = []
+    for path, value in values.items():
+        node, found, name = path.rpartition("hyperparams/")
+        scheduled = any(p.startswith(f"{node}hyperparams_states/{name}/") for p in needed)
+        if found and not scheduled and value.ndim == 0 and _bits(value) != _bits(needed[path]):
+            notes.append(
+                f"{name} goes on at {_shown(value)}, the run's, and not at this call's "
+                f"{_shown(needed[path])}: to change it, use no inject_hyperparams"
+            )
+    return notes
 
 
 def _line(

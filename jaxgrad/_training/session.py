@@ -114,7 +114,7 @@ class Session:
         record = StepRecord(
             step=self.log.step,
             trained=tuple(self.job.selection.paths),
-            parts=parts_of(opt_state, trainable),
+            parts=parts_of(self.carry.opt_state, self.carry.trainable),
             staged=self.plan.staged,
             settings=self.job.settings,
             positions=tuple(Position(*position) for position in of_all(self.log.position)),

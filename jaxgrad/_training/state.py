@@ -46,8 +46,8 @@ class TrainState:
             if steps were not finite, the means of the metrics that the loss returns, and what the
             callbacks returned.
         staging: one line: what of the loss runs once and what it gains, or why nothing does.
-        resumed: one line: which step the run went on from, and what of the optimizer's state was
-            kept, added and dropped. Empty for a new run.
+        resumed: one line: which step the run went on from, what of the optimizer's state was kept,
+            added and dropped, and which counters leaves share now. Empty for a new run.
         stats: the statistics after the last step; None if the loss takes none.
     """
 
