@@ -203,7 +203,7 @@ def _line(
     dropped = [slot for slot in then if slot.path not in used]
     if trained != before or added or dropped:
         arrays = count([*kept], "array", verb=False)
-        line += f"; of the optimizer's state {arrays} kept, {_kinds(added, 'added')}, "
+        line += f"; optimizer state: {arrays} kept, {_kinds(added, 'added')}, "
         line += _kinds(dropped, "dropped")
     return line
 

@@ -196,8 +196,8 @@ def test_other_patterns_keep_the_state_that_survives(tmp_path):
     )
     second = run(tmp_path / "run", tx=more, epochs=2, resume=True)
     assert second.resumed == (
-        "resumed at step 5; newly trained: 'layers/1/bias', 'layers/1/kernel'; of the optimizer's "
-        "state 5 arrays kept, 2 added (TraceState.trace), 0 dropped"
+        "resumed at step 5; newly trained: 'layers/1/bias', 'layers/1/kernel'; optimizer "
+        "state: 5 arrays kept, 2 added (TraceState.trace), 0 dropped"
     )
     assert bits(second.params["layers"][0]) == bits(first.params["layers"][0])
     assert bits(second.params["layers"][1]) != bits(first.params["layers"][1])

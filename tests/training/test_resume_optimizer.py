@@ -185,7 +185,7 @@ def test_a_new_leaf_that_joins_a_counter(tmp_path):
 
     fit(["head"], 5)
     assert fit(["head", "trunk"], 10, resume=True).resumed == (
-        "resumed at step 5; newly trained: 'trunk'; of the optimizer's state 4 arrays kept, 2 "
+        "resumed at step 5; newly trained: 'trunk'; optimizer state: 4 arrays kept, 2 "
         "added (ScaleByAdamState.mu, ScaleByAdamState.nu), 0 dropped; 'trunk' goes on from "
         "ScaleByAdamState.count = 5, ScaleByScheduleState.count = 5 of 'head', so the first steps "
         "are not those of a new run: for that, use a group of its own in param_groups"
@@ -221,7 +221,7 @@ def test_an_injected_hyperparameter_that_the_call_changes():
 def test_another_optimizer():
     then = phase(optax.sgd(0.1, momentum=0.9), 7, phase(adam(), 5, wrt="head"), "head")
     assert then.resumed == (
-        "resumed at step 5; of the optimizer's state 0 arrays kept, 1 added (TraceState.trace), 3 "
+        "resumed at step 5; optimizer state: 0 arrays kept, 1 added (TraceState.trace), 3 "
         "dropped (ScaleByAdamState.count, ScaleByAdamState.mu, ScaleByAdamState.nu)"
     )
 
