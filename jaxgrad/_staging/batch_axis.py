@@ -252,6 +252,31 @@ def _gather(step: Step) -> int:
     return numbers.offset_dims[window.index(of_operand)]
 
 
+def _scatter(step: Step) -> int:
+    """Writes into each example at places that all share, or that belong to the example itself."""
+    numbers, (operand, indices, updates) = step.params["dimension_numbers"], step.ins
+    of_operand, of_indices, of_updates = step.axes
+    if of_operand is None:
+        raise Mixes("writes examples into an array that has none of them")
+    batch = [d for d in range(len(updates)) if d not in numbers.update_window_dims]
+    if of_indices is not None:
+        paired = dict(
+            zip(numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, strict=True)
+        )
+        if of_indices == len(indices) - 1 or paired.get(of_operand) != of_indices:
+            raise Mixes("writes at indices, which may belong to other examples")
+        written = batch[of_indices]
+    else:
+        dropped = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
+        if of_operand in dropped or of_operand in numbers.scatter_dims_to_operand_dims:
+            raise Mixes("writes to some examples of the batch")
+        window = [d for d in range(len(operand)) if d not in dropped]
+        written = numbers.update_window_dims[window.index(of_operand)]
+    if of_updates not in (None, written) or updates[written] != operand[of_operand]:
+        raise Mixes("writes to other examples")
+    return of_operand
+
+
 _ELEMENTWISE = """
 abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
 bitcast_convert_type cbrt ceil clamp clz complex conj convert_element_type copy cos cosh
@@ -267,6 +292,7 @@ _REDUCES = (
     "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin"
 )
 _WINDOWS = "reduce_window_sum reduce_window_max reduce_window_min"
+_SCATTERS = "scatter scatter-add scatter-max scatter-min scatter-mul scatter-sub"
 _MATRICES = "cholesky eig eigh hessenberg lu qr schur svd triangular_solve tridiagonal"
 
 RULES: dict[str, Callable[[Step], int | Sequence[int | None]]] = {
@@ -293,6 +319,7 @@ RULES: dict[str, Callable[[Step], int | Sequence[int | None]]] = {
     "pad": _pad,
     "reshape": _reshape,
     "rev": _along("dimensions", "reverses the order of the examples"),
+    **dict.fromkeys(_SCATTERS.split(), _scatter),
     "slice": _whole,
     "sort": _along("dimension", "sorts the examples"),
     "split": _along("axis", "splits the batch"),
@@ -319,9 +346,6 @@ NEVER_CONSTANT = frozenset([*_COLLECTIVES.split(), "rng_uniform"])
 
 _REASONS = {
     # A rule could follow these, but none does yet.
-    "writes at indices, which may belong to other examples": """
-        scatter scatter-add scatter-max scatter-min scatter-mul scatter-sub
-    """,
     "reduces with a function of its own, which is not followed": "reduce reduce_window",
     "moves values between windows, which are not followed": """
         select_and_gather_add select_and_scatter select_and_scatter_add

@@ -64,6 +64,11 @@ def uses_batch_size(first: jex.JaxprEqn, second: jex.JaxprEqn, sizes: Sizes) -> 
     )
     if any(not np.array_equal(a, b, equal_nan=_inexact(a)) for a, b in literals):
         return True
+    return parameters_differ(first, second, sizes)
+
+
+def parameters_differ(first: jex.JaxprEqn, second: jex.JaxprEqn, sizes: Sizes) -> bool:
+    """Whether the parameters of two equations differ in more than shapes."""
     if first.primitive.name in _DERIVATIVES:
         return False
     shapes = SIZES.get(first.primitive.name, ())
@@ -100,7 +105,9 @@ SIZES = {
     "gather": ("slice_sizes",),
     "iota": ("shape",),
     "random_bits": ("shape",),
+    "random_split": ("shape",),
     "reshape": ("new_sizes",),
+    "rng_bit_generator": ("shape",),
     "slice": ("limit_indices",),
 }
 

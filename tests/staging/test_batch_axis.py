@@ -77,6 +77,10 @@ PER_EXAMPLE = {
     "sort others": (lambda x: jnp.sort(x, 2), 0),
     "top k": (lambda x: lax.top_k(x, 2)[0], 0),
     "embedding": (lambda x: TABLE[index(x)], 0),
+    "set a column": (lambda x: x.at[:, 0].set(1.0), 0),
+    "set columns": (lambda x: x.at[:, jnp.array([3, 0])].add(x[:, :2]), 0),
+    "set its own columns": (lambda x: jax.vmap(lambda a, i: a.at[i].set(0.0))(x, index(x)), 0),
+    "set behind an axis": (lambda x: x.swapaxes(0, 1).at[0].set(x[:, 2] * 2), 1),
     "take columns": (lambda x: x[:, jnp.array([3, 0, 0])], 0),
     "take along": (lambda x: jnp.take_along_axis(x, index(x)[:, None, None], 1), 0),
     "index in vmap": (jax.vmap(lambda row: row[jnp.argmax(row[:, 0])]), 0),
@@ -172,7 +176,11 @@ MIXING = {
         lambda x: x + jax.random.normal(jax.random.key(0), x.shape),
         "position in the batch",
     ),
-    "scatter": (lambda x: x.at[:, 0].set(1.0), "scatter at .* writes at indices, which may belong"),
+    "scatter to some examples": (lambda x: x.at[:2].set(1.0), "writes to some examples"),
+    "sums of groups": (
+        lambda x: jax.ops.segment_sum(x, index(x), 4),
+        "scatter-add at .* writes examples into an array that has none of them",
+    ),
     "callback": (
         lambda x: jax.pure_callback(lambda a: a, x, x),
         "pure_callback at .* calls a Python function, which may do anything with the batch",
