@@ -7,7 +7,7 @@ the split a frozen leaf is a constant to JAX, and there is nothing to eliminate.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
+from typing import Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxgrad._autograd.loss import GradientError, call_loss, differentiable, scalar_value
-from jaxgrad._autograd.microbatches import accumulate
+from jaxgrad._autograd.microbatches import Microbatches, accumulate, shared
+from jaxgrad._autograd.rows import RowsOption
 from jaxgrad._text import listed, spec
 from jaxgrad._tree.flat import (
     PyTree,
@@ -39,6 +40,9 @@ V = TypeVar("V")
 X = ParamSpec("X")
 """The arguments after the parameters."""
 
+Weight: TypeAlias = Callable[..., ArrayLike]
+"""How much a part of a batch counts, by the arguments of the loss after the parameters."""
+
 
 @overload
 def value_and_grad(
@@ -47,6 +51,8 @@ def value_and_grad(
     *,
     has_aux: Literal[False] = False,
     microbatches: int | None = None,
+    weight: Weight | None = None,
+    rows: RowsOption = "checked",
     taps: Literal[False] = False,
 ) -> Callable[Concatenate[P, X], tuple[jax.Array, P]]: ...
 @overload
@@ -56,6 +62,8 @@ def value_and_grad(
     *,
     has_aux: Literal[True],
     microbatches: int | None = None,
+    weight: Weight | None = None,
+    rows: RowsOption = "checked",
     taps: Literal[False] = False,
 ) -> Callable[Concatenate[P, X], tuple[tuple[jax.Array, A], P]]: ...
 @overload
@@ -65,6 +73,8 @@ def value_and_grad(
     *,
     has_aux: Literal[False] = False,
     microbatches: int | None = None,
+    weight: Weight | None = None,
+    rows: RowsOption = "checked",
     taps: Literal[True],
 ) -> Callable[Concatenate[P, X], tuple[jax.Array, tuple[P, Mapping[str, PyTree]]]]: ...
 @overload
@@ -74,6 +84,8 @@ def value_and_grad(
     *,
     has_aux: Literal[True],
     microbatches: int | None = None,
+    weight: Weight | None = None,
+    rows: RowsOption = "checked",
     taps: Literal[True],
 ) -> Callable[Concatenate[P, X], tuple[tuple[jax.Array, A], tuple[P, Mapping[str, PyTree]]]]: ...
 @overload
@@ -83,6 +95,8 @@ def value_and_grad(
     *,
     has_aux: bool = False,
     microbatches: int | None = None,
+    weight: Weight | None = None,
+    rows: RowsOption = "checked",
     taps: bool = False,
 ) -> Callable[..., tuple[Any, Any]]: ...
 def value_and_grad(
@@ -91,6 +105,8 @@ def value_and_grad(
     *,
     has_aux: bool = False,
     microbatches: int | None = None,
+    weight: Weight | None = None,
+    rows: RowsOption = "checked",
     taps: bool = False,
 ) -> Callable[..., tuple[Any, Any]]:
     """Returns a function that computes `fun` and its gradient in the selected parameters.
@@ -104,8 +120,17 @@ def value_and_grad(
             them in a `scan`, so that the memory of one part is enough. Arrays in `args` are
             split along their first axis, a typed PRNG key in `args` or `kwargs` gives each
             part a key of its own, and everything else goes to each part unsplit. Value and
-            gradient are means over the parts: those of the full batch if `fun` is a mean over
-            examples.
+            gradient are means over the parts: those of the full batch, since `fun` must be a mean
+            over examples.
+        weight: how much a part counts in these means, a function of the positional arguments of
+            `fun` after `params` to a real scalar that is not negative. For a `fun` that divides by
+            a count over the batch it is this count, `lambda batch: jnp.sum(batch["mask"])` for a
+            mean over tokens, and the results are those of the full batch again. A part of weight 0
+            is left out; if all are 0, they count alike. By default all parts do.
+        rows: "checked", `fun` is traced at two batch sizes, and refused unless its value is shown
+            to be a mean over examples, each by itself (with `weight`, divided by a count);
+            "independent", you know that it is. Derivatives of its own that `fun` has
+            (`jax.custom_vjp`, `hook`) are not checked.
         taps: whether to return the cotangents of the values that `fun` names with `tap` as well.
 
     Returns:
@@ -119,7 +144,9 @@ def value_and_grad(
     Raises:
         SelectionError: see `select`; or a selected leaf is not a float, or is a running statistic.
         GradientError: `fun` does not return a scalar, or changed the state of an NNX module in
-            `params` (which would be lost); or the batch can't be split evenly.
+            `params` (which would be lost); or the batch can't be split evenly; or the examples of
+            the batch mix in `fun`, it is a sum over them, or a weighted mean and there is no
+            `weight`. The message has the source line.
         RowsError: `microbatches` is given, and the arrays of the batch differ in their rows.
         TapError: see `tap`.
 
@@ -135,8 +162,12 @@ def value_and_grad(
     Source: `loss.backward()` after `requires_grad_(False)` on the frozen parameters; the
     microbatches are PyTorch's loop over `backward` without `zero_grad`.
     """
-    if microbatches is not None and microbatches < 1:
-        raise GradientError(f"microbatches={microbatches}; it must be 1 or more, or None.")
+    parts = None if microbatches is None else Microbatches(microbatches, weight, rows)
+    if parts is None and weight is not None:
+        raise GradientError(
+            "weight says how much each part of a batch counts, and the batch is not split: pass "
+            "microbatches= too."
+        )
 
     def wrapped(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
         selected, rest = differentiable(params, wrt).split(params)
@@ -152,14 +183,17 @@ def value_and_grad(
             from jaxgrad._autograd.tap import value_and_grads_of_taps
 
             differentiate = value_and_grads_of_taps(of_selected)
-        if microbatches is None:
+        shares = None
+        if parts is None:
             (value, aux), grads = differentiate(selected, args, kwargs)
         else:
-            value, aux, grads = accumulate(differentiate, selected, args, kwargs, microbatches)
+            value, aux, grads, shares = accumulate(
+                parts, of_selected, differentiate, selected, args, kwargs
+            )
         if taps:
             aux, named = aux
-            if microbatches is not None:  # the value is the mean of the parts
-                named = jax.tree.map(lambda cotangent: cotangent / microbatches, named)
+            if shares is not None:  # the value is the mean of the parts
+                named = jax.tree.map(lambda cotangent: shared(cotangent, shares), named)
             grads = grads, named
         return ((value, aux) if has_aux else value), grads
 
@@ -173,6 +207,8 @@ def grad(
     *,
     has_aux: Literal[False] = False,
     microbatches: int | None = None,
+    weight: Weight | None = None,
+    rows: RowsOption = "checked",
     taps: Literal[False] = False,
 ) -> Callable[Concatenate[P, X], P]: ...
 @overload
@@ -182,6 +218,8 @@ def grad(
     *,
     has_aux: Literal[True],
     microbatches: int | None = None,
+    weight: Weight | None = None,
+    rows: RowsOption = "checked",
     taps: Literal[False] = False,
 ) -> Callable[Concatenate[P, X], tuple[P, A]]: ...
 @overload
@@ -191,6 +229,8 @@ def grad(
     *,
     has_aux: Literal[False] = False,
     microbatches: int | None = None,
+    weight: Weight | None = None,
+    rows: RowsOption = "checked",
     taps: Literal[True],
 ) -> Callable[Concatenate[P, X], tuple[P, Mapping[str, PyTree]]]: ...
 @overload
@@ -200,6 +240,8 @@ def grad(
     *,
     has_aux: Literal[True],
     microbatches: int | None = None,
+    weight: Weight | None = None,
+    rows: RowsOption = "checked",
     taps: Literal[True],
 ) -> Callable[Concatenate[P, X], tuple[tuple[P, Mapping[str, PyTree]], A]]: ...
 @overload
@@ -209,6 +251,8 @@ def grad(
     *,
     has_aux: bool = False,
     microbatches: int | None = None,
+    weight: Weight | None = None,
+    rows: RowsOption = "checked",
     taps: bool = False,
 ) -> Callable[..., Any]: ...
 def grad(
@@ -217,6 +261,8 @@ def grad(
     *,
     has_aux: bool = False,
     microbatches: int | None = None,
+    weight: Weight | None = None,
+    rows: RowsOption = "checked",
     taps: bool = False,
 ) -> Callable[..., Any]:
     """Returns a function that computes the gradient of `fun` in the selected parameters.
@@ -226,6 +272,8 @@ def grad(
         wrt: see `value_and_grad`.
         has_aux: see `value_and_grad`.
         microbatches: see `value_and_grad`.
+        weight: see `value_and_grad`.
+        rows: see `value_and_grad`.
         taps: see `value_and_grad`.
 
     Returns:
@@ -249,7 +297,15 @@ def grad(
 
     Source: `torch.autograd.grad(outputs, inputs)`.
     """
-    both = value_and_grad(fun, wrt, has_aux=has_aux, microbatches=microbatches, taps=taps)
+    both = value_and_grad(
+        fun,
+        wrt,
+        has_aux=has_aux,
+        microbatches=microbatches,
+        weight=weight,
+        rows=rows,
+        taps=taps,
+    )
 
     def wrapped(params: PyTree, *args: Any, **kwargs: Any) -> PyTree:
         value, grads = both(params, *args, **kwargs)
