@@ -22,7 +22,7 @@ from jaxgrad._jaxpr.dataflow import depending, reads
 from jaxgrad._jaxpr.inline import inline
 from jaxgrad._jaxpr.source import aval
 from jaxgrad._jaxpr.views import bodies
-from jaxgrad._text import listed, table
+from jaxgrad._text import listed, numel, spec, table
 from jaxgrad._tree.flat import PyTree, flatten, is_array, is_hole
 from jaxgrad._tree.merge import merge
 from jaxgrad._tree.types import Loss, Params
@@ -36,7 +36,8 @@ class CheckedPath:
     Attributes:
         path: the path of the leaf.
         verdict: `right`, `wrong`, or `kink` if the loss is not differentiable there.
-        directions: the number of directions compared.
+        directions: the number of directions compared; 0 for a leaf without elements, which is
+            always right.
         gradient: the directional derivative from the gradient, where the two differ most.
         difference: the directional derivative from finite differences, in the same direction.
     """
@@ -121,7 +122,8 @@ def check_grads(
 
     Raises:
         SelectionError: see `value_and_grad`.
-        GradientError: see `value_and_grad`.
+        GradientError: see `value_and_grad`; or no selected leaf has an element, or `directions` is
+            not positive, so that there is nothing to compare.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxgrad as jg
@@ -138,10 +140,13 @@ def check_grads(
 
     Source: `torch.autograd.gradcheck`.
     """
+    if directions < 1:
+        raise GradientError(f"directions={directions}; it must be 1 or more.")
     key = jax.random.key(0) if key is None else key
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         params, args, kwargs = (_doubled(tree) for tree in (params, args, kwargs))
         selected, rest = differentiable(params, wrt).split(params)
+        _check_not_empty(selected)
         others = flatten((rest, args, kwargs))
         # Passed as arguments, because XLA spends seconds on folding constants of this size.
         arrays = {i: leaf for i, leaf in enumerate(others.leaves) if hasattr(leaf, "dtype")}
@@ -171,6 +176,17 @@ def check_grads(
     return GradCheck(tuple(checked), precision.name)
 
 
+def _check_not_empty(selected: PyTree) -> None:
+    flat = flatten(selected)
+    found = {p: x for p, x in zip(flat.paths, flat.leaves, strict=True) if not is_hole(x)}
+    if not any(map(numel, found.values())):
+        leaves = listed(f"'{path}' is {spec(x)}" for path, x in found.items())
+        raise GradientError(
+            "there is nothing to check, since no selected leaf has an element: "
+            f"{leaves}. Select a leaf with elements."
+        )
+
+
 def _compare(
     at: Callable[[np.ndarray], float],
     x: np.ndarray,
@@ -179,6 +195,8 @@ def _compare(
     precision: np.dtype,
 ) -> tuple[str, float, float]:
     """The verdict, and both directional derivatives where they differ most."""
+    if not directions:
+        return "right", 0.0, 0.0
     epsilon = float(jnp.finfo(precision).eps)
     step = epsilon ** (1 / 3) * max(1.0, float(np.sqrt(np.mean(np.abs(x) ** 2))))
     middle = at(x)

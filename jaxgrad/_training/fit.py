@@ -26,6 +26,7 @@ from jaxgrad._devices.progress import progress_bar
 from jaxgrad._devices.signals import Interrupted, agreed, caught_signals
 from jaxgrad._optim.holes import refusing_holes
 from jaxgrad._optim.param_groups import ParamGroups, holds_groups
+from jaxgrad._training.accumulation import check_batches, check_rest
 from jaxgrad._training.best import Best, best_of
 from jaxgrad._training.job import Job, Stage
 from jaxgrad._training.session import Session
@@ -75,6 +76,8 @@ def fit(
             same number as the others.
         tx: any Optax transformation. One that takes extra arguments is passed `value`, `grad` and
             `value_fn`, the loss of this batch as a function of what is trained.
+            A warning reports gradients that `optax.MultiSteps` accumulated and never applied, and
+            a short batch that it counts as a full one.
         wrt: what to train; see `select`. By default the groups of `tx` if `param_groups` made it,
             else everything. If `param_groups` is inside another transformation, pass
             `wrt=groups.assign(params).wrt`.
@@ -163,6 +166,7 @@ def fit(
         progress=progress,
     )
     best = best_of(callbacks)
+    accumulation, sizes = check_batches(job, params), set[int]()
     with contextlib.ExitStack() as stack:
         half = flatten(halves(job.selection.flat, job.selection.flags)[0])
         stack.enter_context(refusing_holes(tx, half, "tx"))
@@ -178,6 +182,7 @@ def fit(
         )
         with contextlib.suppress(StopTraining), contextlib.closing(session.calls()) as calls:
             for call in calls:
+                sizes.add(call.rows // call.steps)
                 advance(call.rows, f"epoch {call.epoch + 1}  {session.log.line}")
                 if call.ends_chunk:
                     session.record(call.epoch, [*callbacks, *filter(None, [best])])
@@ -187,7 +192,9 @@ def fit(
                 if call.ends_chunk:
                     session.save_if_due(best is not None and best.is_kept(session.log.step))
         session.save()
-    return best.restored(session.state()) if best else session.state()
+    state = session.state()
+    check_rest(accumulation, state.opt_state, sizes)
+    return best.restored(state) if best else state
 
 
 def _open(

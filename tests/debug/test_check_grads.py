@@ -117,3 +117,25 @@ def test_the_table():
         "a     right    2           2         2",
         "1 of 1 right, compared in float64",
     ]
+
+
+def test_a_leaf_without_elements_has_nothing_to_compare():
+    params = {"a": jnp.ones(2), "b": jnp.zeros((0, 3))}
+    check = jg.check_grads(lambda p: jnp.sum(p["a"] ** 2) + jnp.sum(p["b"]), params)
+    assert verdicts(check) == {"a": "right", "b": "right"}
+    assert [p.directions for p in check.paths] == [2, 0]
+    wrong = lambda p: jnp.sum(jax.lax.stop_gradient(p["a"])) + jnp.sum(p["b"])
+    assert verdicts(jg.check_grads(wrong, params)) == {"a": "wrong", "b": "right"}
+
+
+def test_nothing_to_check_is_an_error():
+    loss = lambda p: jnp.sum(p["a"] ** 2)
+    params = {"a": jnp.zeros((0, 3)), "b": jnp.ones(2)}
+    with pytest.raises(jg.GradientError) as info:
+        jg.check_grads(loss, params, wrt="a")
+    assert str(info.value) == (
+        "there is nothing to check, since no selected leaf has an element: 'a' is float64[0,3]. "
+        "Select a leaf with elements."
+    )
+    with pytest.raises(jg.GradientError, match="directions=0; it must be 1 or more"):
+        jg.check_grads(loss, params, directions=0)
