@@ -17,6 +17,8 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
+from jaxgrad._disk.numpy_file import why_unreadable
+
 Dataset: TypeAlias = dict[str, np.ndarray]
 
 _IDX_DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -116,6 +118,11 @@ def mnist(path: str | PathLike[str], classes: Collection[int] = range(10)) -> Sp
                 f"'{path}': the {split} images are {list(image.shape)} and the labels "
                 f"{list(label.shape)}; expected [rows, height, width] and [rows], with "
                 "as many images as labels."
+            )
+        if image.dtype.kind not in "biuf" or label.dtype.kind not in "iu":
+            raise DataError(
+                f"'{path}': the {split} images are {image.dtype.name} and the labels "
+                f"{label.dtype.name}; expected real numbers and integers."
             )
         keep = np.isin(label, list(classes))
         if not keep.any():
@@ -228,13 +235,14 @@ def _read_npz(path: Path) -> dict[tuple[str, str], np.ndarray]:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if missing := [name for name in names.values() if name not in archive.files]:
                 raise DataError(
-                    f"'{path}' has no {', '.join(missing)}; it has {', '.join(archive.files)}."
+                    f"'{path}' has no {', '.join(missing)}; it has "
+                    f"{', '.join(archive.files) or 'nothing'}."
                 )
             return {key: archive[name] for key, name in names.items()}
     except (ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as e:
         if isinstance(e, DataError):
             raise
-        raise DataError(f"'{path}' is not an .npz file, or is damaged: {e}") from e
+        raise DataError(f"'{path}' is not an .npz file, or is damaged: {why_unreadable(e)}.") from e
 
 
 def _resize(images: np.ndarray, to: int = 28) -> np.ndarray:

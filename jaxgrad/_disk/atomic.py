@@ -22,6 +22,10 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         with synced(new) as file:
             yield file
         os.replace(new, path)
+    except OSError as e:
+        if str(e.filename) == str(new):  # a name that means nothing to the caller
+            raise type(e)(e.errno, e.strerror, str(path)) from e
+        raise
     finally:
         new.unlink(missing_ok=True)
     sync_names(path.parent)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import metadata
 
 import jaxgrad as jg
+from jaxgrad.cli._words import in_own_words
 
 _DESCRIPTION = """\
 Selective differentiation and fine-tuning for JAX.
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from jaxgrad.cli.predict import Predict
         from jaxgrad.cli.pretrain import Pretrain
     except ModuleNotFoundError as e:
-        return _fail(f"the command needs '{e.name}': pip install 'jaxgrad[cli]'")
+        return _fail(in_own_words(e))
     commands = {
         "finetune": Finetune,
         "pretrain": Pretrain,
@@ -70,15 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command.run()
     except jg.Interrupted as e:
-        return _fail(str(e).replace("resume=True", "--resume"), 128 + e.signal)
+        return _fail(in_own_words(e), 128 + e.signal)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except (ValueError, OSError, ArithmeticError, ModuleNotFoundError) as e:
         # The library's errors for bad input say what to do; a traceback would add nothing.
-        return _fail(str(e).replace("resume=True", "--resume"))
+        return _fail(in_own_words(e))
     return 0
 
 
 def _fail(message: str, status: int = 1) -> int:
-    print(f"jaxgrad: {' '.join(message.split())}", file=sys.stderr)
+    print(f"jaxgrad: {message}", file=sys.stderr)
     return status

@@ -1,6 +1,7 @@
 """The classifier that the commands train: its loss, and how it is saved and loaded."""
 
 import dataclasses
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import jaxgrad as jg
 from jaxgrad import data
 from jaxgrad._checkpoint.arrays import nest
 from jaxgrad._checkpoint.record import Json
+from jaxgrad._devices.processes import several
 from jaxgrad._tree.flat import PyTree, flatten
 
 
@@ -99,6 +101,27 @@ class Classifier:
         config = {**self.config, **record}
         moved = (lambda p, _: p in trained) if trained else None
         jg.save(path, tree, trained=moved, config=config, overwrite=overwrite)
+
+    def keep(
+        self, path: Path, params: PyTree, trained: Sequence[str], *, overwrite: bool, **record: Json
+    ) -> Path:
+        """Saves what was trained, in a temporary directory if it can't be saved at `path`.
+
+        Returns:
+            The path.
+
+        Raises:
+            OSError: it could not be saved at `path`; the message says where it is.
+        """
+        try:
+            self.save(path, params, trained, overwrite=overwrite, **record)
+        except (OSError, ValueError) as e:
+            if several():
+                raise
+            spare = Path(tempfile.mkdtemp(prefix="jaxgrad-")) / path.name
+            self.save(spare, params, trained, overwrite=False, **record)
+            raise OSError(f"--out: {e} The trained model is saved in '{spare}'.") from e
+        return path
 
     def logits(self, params: PyTree, images: jax.Array | np.ndarray) -> jax.Array:
         """The logits of images in any layout with the right number of pixels."""

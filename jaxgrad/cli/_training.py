@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 import tyro
+from rich.console import Console
 
 import jaxgrad as jg
 from jaxgrad import callbacks, data
+from jaxgrad._checkpoint.params import refuse_taken
 from jaxgrad._devices.processes import is_first
 from jaxgrad._tree.flat import PyTree
+from jaxgrad.cli._checks import check_apart, check_file, check_numbers, check_output, check_plot
 from jaxgrad.cli._classifier import Classifier
 from jaxgrad.cli._distributed import Distributed
 
@@ -40,7 +43,8 @@ class Training(Distributed):
     resume: bool = False
     """Resume the run in --checkpoint; the result is the same as without the interruption."""
     patience: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """Tolerate this many epochs without a better accuracy; one more ends the run."""
+    """Tolerate this many epochs without a better accuracy; one more ends the run. The weights of
+    the epoch with the best accuracy are saved, not the last."""
     log: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the record of each epoch to this file, one line of JSON each."""
     tensorboard: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
@@ -51,11 +55,9 @@ class Training(Distributed):
     def fit(
         self, model: Classifier, train: data.Dataset, test: data.Dataset, wrt: jg.Wrt = "**"
     ) -> jg.TrainState:
-        """Trains a model with these options."""
-        if self.resume and self.checkpoint is None:
-            raise ValueError("--resume needs the directory of the run: --checkpoint PATH.")
+        """Trains a model with these options; with --patience, the state has the best weights."""
         loss = model.loss if self.precision == "float32" else jg.mixed_precision(model.loss)
-        state = jg.fit(
+        return jg.fit(
             loss,
             model.params,
             train,
@@ -68,10 +70,43 @@ class Training(Distributed):
             resume=self.resume,
             mesh=self.mesh(),
         )
+
+    def check(self, out: Path, overwrite: bool) -> None:
+        """Raises if an option can't be meant or an output can't be written, before any training."""
+        check_numbers(self)
+        if self.resume and self.checkpoint is None:
+            raise ValueError("--resume needs the directory of the run: --checkpoint PATH.")
+        check_apart(
+            out,
+            checkpoint=self.checkpoint,
+            log=self.log,
+            tensorboard=self.tensorboard,
+            plot=self.plot,
+        )
+        refuse_taken(out, overwrite)
+        for option, path in (
+            ("--out", out),
+            ("--checkpoint", self.checkpoint and self.checkpoint / "steps"),
+            ("--tensorboard", self.tensorboard and self.tensorboard / "events"),
+        ):
+            check_output(option, path)
+        check_file("--log", self.log)
+        check_plot(self.plot)
+        if self.tensorboard:
+            import tensorboardX  # noqa: F401
+
+    def draw(self, state: jg.TrainState) -> None:
+        """Draws --plot: last, when the model is on the disk."""
         if self.plot and is_first():
             self.plot.parent.mkdir(parents=True, exist_ok=True)
             callbacks.plot_history(state.history, self.plot)
-        return state
+
+    def report_best(self, console: Console, state: jg.TrainState) -> None:
+        """Prints which epoch's weights --patience kept."""
+        if self.patience is not None:
+            best = max(state.history, key=lambda record: record["test_accuracy"])
+            last = state.history[-1]["epoch"] + 1
+            console.print(f"Kept the weights of epoch {best['epoch'] + 1}, the best of {last}")
 
     def _sgd(self, rows: int) -> optax.GradientTransformation:
         rate: Any = self.learning_rate
@@ -98,6 +133,8 @@ class Training(Distributed):
             chosen.append(callbacks.write_tensorboard(self.tensorboard))
         if self.patience is not None:
             chosen.append(
-                callbacks.early_stopping("test_accuracy", patience=self.patience, mode="max")
+                callbacks.early_stopping(
+                    "test_accuracy", patience=self.patience, mode="max", restore_best=True
+                )
             )
         return chosen

@@ -11,6 +11,7 @@ import jaxgrad as jg
 from jaxgrad._text import count
 from jaxgrad._tree.flat import flatten
 from jaxgrad._tree.wrt import match
+from jaxgrad.cli._checks import check_numbers
 from jaxgrad.cli._classifier import Classifier
 from jaxgrad.cli.finetune import last_layer
 from jaxgrad.cli.pretrain import digits_or_files
@@ -64,6 +65,7 @@ class Audit:
         """Audits and prints; raises if anything leaks."""
         from rich.console import Console
 
+        check_numbers(self)
         model = Classifier.load(self.source, self.forward)
         rows, _ = digits_or_files(self.data, tuple(range(10)))
         model.check(rows)

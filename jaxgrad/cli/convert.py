@@ -7,6 +7,7 @@ from typing import Any
 import tyro
 
 import jaxgrad as jg
+from jaxgrad.cli._checks import check_file, check_output
 from jaxgrad.cli._classifier import Classifier
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
@@ -51,13 +52,16 @@ class Convert:
         if not self.source.exists():
             raise FileNotFoundError(f"there is no file or checkpoint at '{self.source}'.")
         to_torch = self.out.suffix in _TORCH_SUFFIXES
+        (check_file if to_torch else check_output)("OUT", self.out)
         if not self.source.is_file():
             if not to_torch:
                 raise ValueError(
                     f"'{self.source}' is a checkpoint already: OUT must end in one of "
                     f"{', '.join(_TORCH_SUFFIXES)}."
                 )
-            jg.torch.save_torch(jg.load(self.source), self.out)
+            tree = jg.load(self.source)
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            jg.torch.save_torch(tree, self.out)
             how = "layouts decided by the names of the leaves"
         else:
             file = jg.torch.read(self.source)
@@ -70,6 +74,7 @@ class Convert:
 
     def _tensors(self, file: "jg.torch.Checkpoint") -> str:
         if self.out.suffix in _TORCH_SUFFIXES:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
             jg.torch.save_tensors(file.tensors, self.out)
         else:
             tree: dict[str, Any] = {n.replace(".", "/"): x for n, x in file.tensors.items()}

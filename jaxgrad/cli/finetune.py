@@ -10,7 +10,7 @@ import tyro
 
 import jaxgrad as jg
 from jaxgrad import data
-from jaxgrad._checkpoint.params import refuse_taken
+from jaxgrad.cli._checks import check_classes
 from jaxgrad.cli._classifier import Classifier
 from jaxgrad.cli._table import table
 from jaxgrad.cli._training import Training
@@ -51,15 +51,14 @@ class Finetune(Training):
 
     def run(self) -> None:
         """Loads, retrains, reports and saves."""
-        if self.epochs < 1:
-            raise ValueError(f"--epochs {self.epochs}; it must be 1 or more.")
+        self.check(self.out, overwrite=True)
         console = self.join()
-        refuse_taken(self.out, overwrite=True)
+        train, test = digits_or_files(self.data, self.classes)
+        check_classes(self.classes, train)
         source = self.source or _PRETRAINED
         if self.source is None and not source.exists():
             Pretrain(data=self.data, seed=self.seed, distributed=self.distributed).run()
         model = Classifier.load(source, self.forward)
-        train, test = digits_or_files(self.data, self.classes)
         model.check(train)
         if source.is_file():
             seen = model.predict(model.params, data.noise(12, seed=self.seed)["image"]).argmax(1)
@@ -72,10 +71,19 @@ class Finetune(Training):
 
         before = model.accuracy(model.params, test)
         state = self.fit(model, train, test, wrt)
+        after = model.accuracy(state.params, test)
+        # First of all: what prints or draws below may fail, and the training must not be lost.
+        saved = model.keep(
+            self.out,
+            state.params,
+            trained,
+            overwrite=True,
+            accuracy=after,
+            trained_on=list(self.classes),
+        )
         if state.resumed:
             console.print(state.resumed.capitalize(), markup=False)
         console.print(f"Staging: {state.staging}", markup=False)
-        after = model.accuracy(state.params, test)
         first, last = state.history[0], state.history[-1]
         console.print(
             f"Trained on {len(train['label']):,} rows, labels {' '.join(map(str, self.classes))}: "
@@ -86,15 +94,9 @@ class Finetune(Training):
             f"Accuracy on {len(test['label']):,} other rows: "
             f"[bold]{before:.1%}[/] before, [bold]{after:.1%}[/] after"
         )
-        model.save(
-            self.out,
-            state.params,
-            trained,
-            overwrite=True,
-            accuracy=after,
-            trained_on=list(self.classes),
-        )
-        console.print(f"Saved in {self.out}")
+        self.report_best(console, state)
+        console.print(f"Saved in {saved}")
+        self.draw(state)
 
 
 def last_layer(model: Classifier) -> str:

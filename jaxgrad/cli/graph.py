@@ -9,6 +9,7 @@ import numpy as np
 import tyro
 
 import jaxgrad as jg
+from jaxgrad.cli._checks import check_file, check_numbers
 from jaxgrad.cli._classifier import Classifier
 from jaxgrad.cli.finetune import last_layer
 
@@ -40,6 +41,8 @@ class Graph:
         """Traces, draws and writes."""
         from rich.console import Console
 
+        check_numbers(self)
+        check_file("--out", self.out)
         model = Classifier.load(self.source, self.forward)
         batch = {
             "image": jax.ShapeDtypeStruct((self.batch_size, *model.shape), np.float32),
@@ -47,6 +50,7 @@ class Graph:
         }
         wrt = list(self.train or [last_layer(model)])
         picture = jg.graph(model.loss, model.params, batch, wrt=wrt, depth=self.depth)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
         picture.save(self.out)
         Console(soft_wrap=True).print(
             f"Wrote {self.out}: {len(picture.diagram.nodes)} nodes, "

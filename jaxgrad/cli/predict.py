@@ -11,6 +11,7 @@ import numpy as np
 import tyro
 
 from jaxgrad import data
+from jaxgrad._disk.numpy_file import why_unreadable
 from jaxgrad.cli._classifier import Classifier
 
 
@@ -59,7 +60,11 @@ def _read(file: Path, side: int) -> np.ndarray:
     try:
         array = _array(file) if file.suffix in (".npy", ".npz") else _picture(file, side)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-        raise data.DataError(f"'{file}' can't be read: {e}") from e
+        raise data.DataError(f"'{file}' can't be read: {why_unreadable(e)}") from e
+    if array.dtype.kind not in "biuf":
+        raise data.DataError(
+            f"'{file}' holds {array.dtype.name}; images are uint8, or numbers between 0 and 1."
+        )
     if array.size == 0 or array.size % side**2 or array.shape[-1] not in (side, side**2):
         raise data.DataError(
             f"'{file}' holds {list(array.shape)}; the model takes images of {side} x {side}, "
@@ -81,7 +86,8 @@ def _array(file: Path) -> np.ndarray:
         if isinstance(loaded, np.ndarray):
             return loaded
         if len(loaded.files) != 1:
-            raise ValueError(f"it holds {', '.join(loaded.files)}; expected one array")
+            held = ", ".join(loaded.files) or "nothing"
+            raise ValueError(f"it holds {held}; expected one array")
         return loaded[loaded.files[0]]
 
 

@@ -8,7 +8,7 @@ import tyro
 
 import jaxgrad as jg
 from jaxgrad import data
-from jaxgrad._checkpoint.params import refuse_taken
+from jaxgrad.cli._checks import check_classes
 from jaxgrad.cli._classifier import Classifier
 from jaxgrad.cli._training import Training
 
@@ -37,9 +37,10 @@ class Pretrain(Training):
 
     def run(self) -> None:
         """Trains, reports and saves."""
+        self.check(self.out, self.overwrite)
         console = self.join()
-        refuse_taken(self.out, self.overwrite)
         train, test = digits_or_files(self.data, self.classes)
+        check_classes(self.classes, train)
         outputs = max(10, *(c + 1 for c in self.classes))
         pixels = train["image"][0].size
         model = Classifier.create(self.hidden, pixels, outputs, self.seed)
@@ -49,8 +50,7 @@ class Pretrain(Training):
         )
         state = self.fit(model, train, test)
         accuracy = model.accuracy(state.params, test)
-        console.print(f"Accuracy on {len(test['label']):,} other rows: [bold]{accuracy:.1%}[/]")
-        model.save(
+        saved = model.keep(
             self.out,
             state.params,
             jg.paths(state.params),
@@ -58,7 +58,10 @@ class Pretrain(Training):
             accuracy=accuracy,
             trained_on=list(self.classes),
         )
-        console.print(f"Saved in {self.out}")
+        console.print(f"Accuracy on {len(test['label']):,} other rows: [bold]{accuracy:.1%}[/]")
+        self.report_best(console, state)
+        console.print(f"Saved in {saved}")
+        self.draw(state)
 
 
 def digits_or_files(path: Path | None, classes: tuple[int, ...]) -> data.Splits:

@@ -211,7 +211,7 @@ def test_layers_that_run_in_an_order_of_ones_own(tmp_path, capsys):
         (["convert", "{}/nowhere", "{}/x"], "there is no file or checkpoint at '{}/nowhere'."),
         (
             ["finetune", "--from", "{}/pretrained", "--train", "haed/**"],
-            "wrt pattern 'haed/**' matches no leaf. Did you mean 'head'",
+            "--train pattern 'haed/**' matches no leaf. Did you mean 'head'",
         ),
         (["finetune", "--from", "{}/pretrained", "--epochs", "0"], "--epochs 0; it must be 1"),
         (
@@ -222,10 +222,10 @@ def test_layers_that_run_in_an_order_of_ones_own(tmp_path, capsys):
             ["finetune", "--from", "{}/pretrained", "--data", "{}/mnist"],
             "no data at '{}/mnist': there is no such file or directory.",
         ),
-        (["pretrain", "--classes", "12"], "classes=[12] leaves no digit; the digits are 0 to 9."),
+        (["pretrain", "--classes", "12"], "--classes 12 leaves no digit; the digits are 0 to 9."),
         (
             ["pretrain", "--hidden", "4", "--epochs", "1", "--out", "{}/pretrained"],
-            "'{}/pretrained' exists. Choose another path, or pass overwrite=True.",
+            "'{}/pretrained' exists. Choose another path, or pass --overwrite.",
         ),
     ],
 )

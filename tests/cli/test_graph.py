@@ -37,7 +37,7 @@ def test_a_checkpoint_is_drawn(model, tmp_path, capsys):
     [
         (["--out", "g.jpg"], "'g.jpg' ends in '.jpg'; a picture is saved as .svg"),
         (["--train", "haed/**"], "Did you mean 'head'"),
-        (["--depth", "-1"], "depth=-1 is negative; pass 0 to draw operations"),
+        (["--depth", "-1"], "--depth -1; it must be 0 or more."),
     ],
 )
 def test_errors(model, tmp_path, monkeypatch, capsys, argv, text):
