@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from jaxgrad._disk.numpy_file import why_unreadable
+from jaxgrad._disk import numpy_file
 
 Dataset: TypeAlias = dict[str, np.ndarray]
 
@@ -242,7 +242,9 @@ def _read_npz(path: Path) -> dict[tuple[str, str], np.ndarray]:
     except (ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as e:
         if isinstance(e, DataError):
             raise
-        raise DataError(f"'{path}' is not an .npz file, or is damaged: {why_unreadable(e)}.") from e
+        raise DataError(
+            f"'{path}' is not an .npz file, or is damaged: {numpy_file.why_unreadable(e)}."
+        ) from e
 
 
 def _resize(images: np.ndarray, to: int = 28) -> np.ndarray:

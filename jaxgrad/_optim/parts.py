@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxgrad._optim.param_groups import ParamGroupsState
-from jaxgrad._tree.flat import PyTree, flatten, is_array, is_hole
+from jaxgrad._tree.flat import PyTree, flatten, is_hole, is_number
 from jaxgrad._tree.pattern import leaf_name
 
 
@@ -111,7 +111,7 @@ class _Walk:
     def __init__(self, trainable: PyTree) -> None:
         flat = flatten(trainable)
         leaves = zip(flat.paths, flat.leaves, strict=True)
-        self.trained = frozenset(path for path, leaf in leaves if is_array(leaf))
+        self.trained = frozenset(path for path, leaf in leaves if is_number(leaf))
         self.container = type(trainable)
         self.found: dict[str, Part] = {}
 
@@ -121,7 +121,7 @@ class _Walk:
             return
         if self.tree_of_leaves(node) is not None:
             self.found[leaf_name(keys)] = Part(kind, None)
-        elif is_array(node):
+        elif is_number(node):
             everything = serves == self.trained
             self.found[leaf_name(keys)] = Part(kind, () if everything else tuple(sorted(serves)))
         else:
@@ -164,7 +164,7 @@ class _Walk:
         """Whether a named state, or a tree of exactly the trained leaves, is below a node."""
         return any(
             not is_hole(child) and (_is_named(child) or self.holds_tree(child))
-            for _, child in ([] if is_array(node) else _children(node))
+            for _, child in ([] if is_number(node) else _children(node))
         )
 
 

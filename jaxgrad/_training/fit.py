@@ -166,10 +166,10 @@ def fit(
         progress=progress,
     )
     best = best_of(callbacks)
-    accumulation, sizes = check_batches(job, params), set[int]()
     with contextlib.ExitStack() as stack:
         half = flatten(halves(job.selection.flat, job.selection.flags)[0])
         stack.enter_context(refusing_holes(tx, half, "tx"))
+        accumulation, sizes = check_batches(job, params), set[int]()
         run = _open(checkpoint, resume, best, job.place, stack)
         signals = stack.enter_context(caught_signals(run is not None))
         session = Session(job, params, run)

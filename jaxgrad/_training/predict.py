@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxgrad._text import listed, spec
 from jaxgrad._training.over_batches import OverBatches
-from jaxgrad._tree.flat import PyTree, flatten, is_array, is_hole, is_key, is_value
+from jaxgrad._tree.flat import PyTree, flatten, is_hole, is_key, is_value
 from jaxgrad._tree.types import Batch, Params
 
 
@@ -75,7 +75,7 @@ def _checked(out: PyTree, rows: int) -> PyTree:
         if is_hole(leaf):
             continue
         name = f"the output '{path}'" if path else "the output"
-        if not is_array(leaf) or is_key(leaf):
+        if not is_value(leaf) or is_key(leaf):
             what = spec(leaf) if is_value(leaf) else f"of type {type(leaf).__name__}"
             raise ValueError(f"{name} is {what}, and no array that NumPy can hold. Leave it out.")
         if jnp.shape(leaf)[:1] != (rows,):

@@ -37,7 +37,7 @@ def test_averages_of_several_groups_meet():
 
 
 def test_average_errors():
-    with pytest.raises(ValueError, match=r"decay=1\.0; it must be from 0 to below 1"):
+    with pytest.raises(ValueError, match=r"decay=1\.0; it must be at least 0 and below 1"):
         jg.params_ema(1.0)
     tx = jg.params_ema(0.9)
     with pytest.raises(jg.UpdateError, match="averages parameters"):

@@ -136,6 +136,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:tx accumulates gradients")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("where", ["alone", "in a group"])
 def test_optimizers_get_the_loss(name, where):

@@ -67,7 +67,7 @@ def phase(tx, steps, before=None, wrt="**", params=PARAMS):
         parts=parts_of(state, half),
     )
     arrays = dict(zip(jg.paths(state), jax.tree.leaves(state), strict=True))
-    saved = Saved({}, arrays, np.zeros(steps), record)
+    saved = Saved({}, arrays, {}, np.zeros(steps), {}, record)
     return Phase(jg.merge(half, rest), saved, line)
 
 
